@@ -1,0 +1,9 @@
+//! Fused Mixture-of-Experts layers for inference engines.
+#![warn(missing_docs)]
+
+pub mod checkpoint;
+pub mod config;
+pub mod cpu;
+pub mod platform;
+pub mod scheme;
+pub mod weights;

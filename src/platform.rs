@@ -1,0 +1,83 @@
+//! The hardware that a kernel would run on.
+
+/// x86 instruction sets that kernels ask for, best last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CpuIsa {
+    /// Whatever the target has.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL.
+    Avx512,
+}
+
+impl CpuIsa {
+    /// The best of this machine. Asks the processor once, then remembers.
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+            if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                return CpuIsa::Avx512;
+            }
+            if avx2 {
+                return CpuIsa::Avx2;
+            }
+        }
+        CpuIsa::Portable
+    }
+
+    /// `portable`, `avx2`, `avx512`
+    pub const fn name(self) -> &'static str {
+        match self {
+            CpuIsa::Portable => "portable",
+            CpuIsa::Avx2 => "avx2",
+            CpuIsa::Avx512 => "avx512",
+        }
+    }
+}
+
+/// Where a layer would run. The kinds that we have no kernels for are named so that selection can say why not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Platform {
+    /// The CPU with at most this instruction set.
+    Cpu(CpuIsa),
+    /// An NVIDIA GPU by compute capability, 90 for 9.0.
+    Cuda(u16),
+    /// An AMD GPU.
+    Rocm,
+    /// An Intel GPU.
+    Xpu,
+}
+
+impl Platform {
+    /// This machine's CPU.
+    pub fn cpu() -> Self {
+        Platform::Cpu(CpuIsa::detect())
+    }
+
+    /// `cpu`, `cpu_avx2`, `cpu_avx512`, `cpu_amx`, `cpu_portable`, `sm_90`, `rocm`, `xpu`.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "cpu" => Platform::cpu(),
+            "cpu_portable" => Platform::Cpu(CpuIsa::Portable),
+            "cpu_avx2" => Platform::Cpu(CpuIsa::Avx2),
+            "cpu_avx512" | "cpu_amx" => Platform::Cpu(CpuIsa::Avx512),
+            "rocm" => Platform::Rocm,
+            "xpu" => Platform::Xpu,
+            _ => Platform::Cuda(name.strip_prefix("sm_")?.trim_end_matches(['a', 'f']).parse().ok()?),
+        })
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Platform::Cpu(isa) => write!(f, "cpu_{}", isa.name()),
+            Platform::Cuda(cc) => write!(f, "sm_{cc}"),
+            Platform::Rocm => f.write_str("rocm"),
+            Platform::Xpu => f.write_str("xpu"),
+        }
+    }
+}
