@@ -4,6 +4,8 @@
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+pub mod kernel;
+pub mod oracle;
 pub mod platform;
 pub mod scheme;
 pub mod weights;

@@ -1,7 +1,7 @@
 //! What a CPU backend implements: the two GEMMs and the activation, over rows grouped by expert.
 
 /// One row of work: a hidden-state row that an expert turns into an output row.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct Assignment {
     /// Row of [`ExpertsCall::input`].
@@ -11,7 +11,7 @@ pub struct Assignment {
 }
 
 /// The rows of one expert: `assignments[start .. start + len]`.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct Segment {
     /// Local expert.

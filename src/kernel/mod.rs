@@ -1,0 +1,161 @@
+//! The kernel: prepare/finalize joined with experts.
+//!
+//! `[route] -> [widen, group by expert] -> [experts] -> [combine]`, on the caller's threads and in the caller's
+//! workspace. Nothing here allocates during a forward call.
+
+mod forward;
+pub mod routing;
+mod rows;
+mod workspace;
+
+pub use rows::{Rows, RowsMut};
+pub use workspace::ALIGN;
+
+use crate::config::{ActivationFormat, MoeConfig};
+use crate::cpu::{Executor, Experts, ExpertsCall};
+use crate::oracle::ConvertError;
+use std::marker::PhantomData;
+
+/// How tokens come in and results go out.
+pub trait PrepareFinalize: Send + Sync + 'static {
+    /// The activation format that it takes.
+    const FORMAT: ActivationFormat;
+}
+
+/// `[T, H]` with expert ids and weights per token; the result is combined over a token's experts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Standard;
+
+/// `[E, max_tokens, H]` with a count per expert; the results stay per expert, the caller combines.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Batched;
+
+impl PrepareFinalize for Standard {
+    const FORMAT: ActivationFormat = ActivationFormat::Standard;
+}
+
+impl PrepareFinalize for Batched {
+    const FORMAT: ActivationFormat = ActivationFormat::Batched;
+}
+
+/// Arguments of a forward call that do not fit the layer. Nothing was written when one comes back.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForwardError {
+    /// A slice of the wrong length.
+    #[error("{what} holds {have} elements, {want} expected")]
+    Length {
+        /// Which.
+        what: &'static str,
+        /// What came.
+        have: usize,
+        /// What was expected.
+        want: usize,
+    },
+    /// The workspace is too small.
+    #[error("the workspace has {have} bytes, this call needs {want}: ask workspace_bytes for the largest batch")]
+    Workspace {
+        /// What came.
+        have: usize,
+        /// What is needed.
+        want: usize,
+    },
+    /// An id that is no expert.
+    #[error("token {token} names expert {id}, there are {experts} (-1 means: not on this rank)")]
+    ExpertId {
+        /// Which token.
+        token: usize,
+        /// The id.
+        id: i32,
+        /// The number of experts.
+        experts: usize,
+    },
+    /// More tokens for an expert than its slots.
+    #[error("expert {expert} has {count} tokens in a batch of {max} slots each")]
+    Count {
+        /// Which expert.
+        expert: usize,
+        /// Its count.
+        count: i32,
+        /// The slots.
+        max: usize,
+    },
+    /// The routing method is the caller's to perform.
+    #[error("this layer's routing method is the caller's: give ids and weights to `forward`")]
+    Routing,
+}
+
+/// A layer ready to run.
+pub struct MoeKernel<P, X> {
+    config: MoeConfig,
+    experts: X,
+    /// Global expert to local, -1 where it lives on another rank.
+    map: Option<Vec<i32>>,
+    prepare: PhantomData<P>,
+}
+
+/// Tokens that go through the experts at once: bounds the workspace of long prompts, and is far beyond what register
+/// tiles need to reuse weights.
+const CHUNK: usize = 1024;
+
+impl<P: PrepareFinalize, X: Experts> MoeKernel<P, X> {
+    /// Checks that the parts fit together. `map[global]` is a local expert or -1; required where `local_experts` is
+    /// less than `experts` and tokens come in the standard format.
+    pub fn new(experts: X, config: &MoeConfig, map: Option<Vec<i32>>) -> Result<Self, ConvertError> {
+        if P::FORMAT != config.format {
+            return Err(ConvertError::Format);
+        }
+        let bad = |what: String| Err(ConvertError::ExpertMap(what));
+        match &map {
+            None if P::FORMAT == ActivationFormat::Standard && config.local_experts != config.experts => {
+                return bad("is missing: this rank holds only some of the experts".into());
+            }
+            Some(m) if m.len() != config.experts => {
+                return bad(format!("has {} entries for {} experts", m.len(), config.experts));
+            }
+            Some(m) => {
+                if let Some(l) = m.iter().find(|l| **l < -1 || **l >= config.local_experts as i32) {
+                    return bad(format!("names local expert {l}, there are {}", config.local_experts));
+                }
+            }
+            None => {}
+        }
+        if experts.experts() != config.local_experts {
+            let (have, want) = (experts.experts(), config.local_experts);
+            return Err(ConvertError::Shape { what: "the number of experts", have, want });
+        }
+        Ok(Self { config: *config, experts, map, prepare: PhantomData })
+    }
+
+    /// The layer.
+    pub fn config(&self) -> &MoeConfig {
+        &self.config
+    }
+
+    /// The experts.
+    pub fn experts(&self) -> &X {
+        &self.experts
+    }
+}
+
+fn expect(what: &'static str, have: usize, want: usize) -> Result<(), ForwardError> {
+    if have == want { Ok(()) } else { Err(ForwardError::Length { what, have, want }) }
+}
+
+impl Experts for Box<dyn Experts> {
+    fn scratch_len(&self, assignments: usize) -> usize {
+        (**self).scratch_len(assignments)
+    }
+    fn run(&self, call: ExpertsCall<'_>, scratch: &mut [f32], output: &mut [f32], pool: &dyn Executor) {
+        (**self).run(call, scratch, output, pool)
+    }
+    fn bytes_per_expert(&self) -> usize {
+        (**self).bytes_per_expert()
+    }
+    fn experts(&self) -> usize {
+        (**self).experts()
+    }
+    fn isa(&self) -> crate::platform::CpuIsa {
+        (**self).isa()
+    }
+}

@@ -1,0 +1,185 @@
+//! From canonical weights to a kernel's: checks, packing, quant config.
+
+use super::select::{ExpertsKind, KernelInfo, Numerics};
+use crate::config::MoeConfig;
+use crate::cpu::Experts;
+use crate::cpu::reference::ReferenceExperts;
+use crate::cpu::simd::{PackError, SimdExperts};
+use crate::platform::Platform;
+use crate::scheme::{Extent, QuantKey, Scheme};
+use crate::weights::{MoeWeights, WeightError};
+
+/// Weights in the layout of a backend.
+pub enum KernelWeights {
+    /// As read, for the reference.
+    Canonical {
+        /// The weights.
+        weights: MoeWeights,
+        /// What the kernel does with the activation key.
+        numerics: Numerics,
+    },
+    /// Packed for the vectorised CPU kernels.
+    Simd(SimdExperts),
+}
+
+/// Weights that can't become a kernel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// The weights contradict themselves.
+    #[error(transparent)]
+    Weights(#[from] WeightError),
+    /// The packer refused.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// They are of another scheme or key.
+    #[error("the weights are {have}, the oracle was asked for {want}")]
+    Scheme {
+        /// What came.
+        have: String,
+        /// What was expected.
+        want: String,
+    },
+    /// They have another shape than the layer.
+    #[error("{what} is {have} in the weights and {want} in the layer's configuration")]
+    Shape {
+        /// Which dimension.
+        what: &'static str,
+        /// In the weights.
+        have: usize,
+        /// In the configuration.
+        want: usize,
+    },
+    /// A name that this scheme does not have.
+    #[error("`{name}` is no backend of the {scheme} oracle")]
+    NoSuchBackend {
+        /// The name.
+        name: &'static str,
+        /// The scheme.
+        scheme: Scheme,
+    },
+    /// A backend without a packer.
+    #[error("the backend `{0}` is not in this build")]
+    NotBuilt(&'static str),
+    /// The expert map does not fit.
+    #[error("the expert map {0}")]
+    ExpertMap(String),
+    /// Prepare/finalize of the other activation format.
+    #[error("the kernel was made for the other activation format than the layer's configuration names")]
+    Format,
+}
+
+/// What a quantised kernel needs beside weights and layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QuantConfig {
+    /// What the weights are.
+    pub weight: QuantKey,
+    /// What the activations become before each GEMM, if anything.
+    pub activation: Option<QuantKey>,
+}
+
+/// No quant config.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuantConfigError {
+    /// The scheme has none.
+    #[error("the unquantized oracle has no quantisation config")]
+    Unquantized,
+    /// A stored activation scale that the key needs is missing or senseless.
+    #[error("expert {expert} has no usable input scale, which {key} activations need")]
+    InputScale {
+        /// The local expert.
+        expert: usize,
+        /// The activation key.
+        key: QuantKey,
+    },
+}
+
+pub(super) fn check(
+    config: &MoeConfig,
+    weights: &MoeWeights,
+    scheme: Scheme,
+    key: Option<QuantKey>,
+) -> Result<(), ConvertError> {
+    // A loader may hand a scheme's weights to another oracle that lists their key (mxfp8 to fp8): the key decides.
+    if weights.weight_key != key {
+        let name = |s: Scheme, k: Option<QuantKey>| format!("{s} ({})", k.map_or("unquantised", QuantKey::name));
+        return Err(ConvertError::Scheme { have: name(weights.scheme, weights.weight_key), want: name(scheme, key) });
+    }
+    weights.validate()?;
+    let shape = [
+        ("the number of experts", weights.experts.len(), config.local_experts),
+        ("the hidden size", weights.hidden(), config.hidden),
+        ("the intermediate size", weights.intermediate(), config.intermediate),
+        ("gated (0 or 1)", weights.gated() as usize, config.activation.gated() as usize),
+    ];
+    for (what, have, want) in shape {
+        if have != want {
+            return Err(ConvertError::Shape { what, have, want });
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn convert(
+    kernel: &'static KernelInfo,
+    config: &MoeConfig,
+    platform: &Platform,
+    weights: MoeWeights,
+) -> Result<KernelWeights, ConvertError> {
+    match (kernel.experts, platform) {
+        (ExpertsKind::Reference, _) => Ok(KernelWeights::Canonical { weights, numerics: kernel.numerics }),
+        (ExpertsKind::Simd, Platform::Cpu(isa)) => {
+            Ok(KernelWeights::Simd(SimdExperts::new(&weights, config.activation, *isa)?))
+        }
+        _ => Err(ConvertError::NotBuilt(kernel.name)),
+    }
+}
+
+pub(super) fn quant_config(
+    _config: &MoeConfig,
+    weights: &MoeWeights,
+    _scheme: Scheme,
+    weight: Option<QuantKey>,
+    activation: Option<QuantKey>,
+) -> Result<QuantConfig, QuantConfigError> {
+    let Some(weight) = weight else { return Err(QuantConfigError::Unquantized) };
+    if let Some(key) = activation {
+        let stored = |s: &crate::scheme::ScaleDesc| !s.dynamic && s.group.rows == Extent::All;
+        if stored(&key.scale) || key.scale2.as_ref().is_some_and(stored) {
+            let usable = |s: Option<f32>| s.is_some_and(|s| s.is_finite() && s > 0.0);
+            let bad = weights.experts.iter().position(|e| !usable(e.input_scale) || !usable(e.down_input_scale));
+            if let Some(expert) = bad {
+                return Err(QuantConfigError::InputScale { expert, key });
+            }
+        }
+    }
+    Ok(QuantConfig { weight, activation })
+}
+
+impl KernelWeights {
+    pub(super) fn into_experts(
+        self,
+        config: &MoeConfig,
+        quant: Option<QuantConfig>,
+    ) -> Result<Box<dyn Experts>, ConvertError> {
+        Ok(match self {
+            KernelWeights::Canonical { weights, numerics } => {
+                let key = match numerics {
+                    Numerics::AsKeyed => quant.and_then(|q| q.activation),
+                    Numerics::WeightOnly => None,
+                };
+                Box::new(ReferenceExperts::new(&weights, config.activation, key)?)
+            }
+            KernelWeights::Simd(experts) => Box::new(experts),
+        })
+    }
+
+    /// For exact activations whatever the key asks, where the backend can do both.
+    pub fn with_exact_activations(mut self) -> Self {
+        if let KernelWeights::Canonical { numerics, .. } = &mut self {
+            *numerics = Numerics::WeightOnly;
+        }
+        self
+    }
+}

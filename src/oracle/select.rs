@@ -1,0 +1,273 @@
+//! Selection: what a kernel is, whether it can serve a layer, and why not. All of it runs in const context.
+
+use crate::config::{ActivationFormat, All2All, MoeConfig};
+use crate::oracle::MoeBackend;
+use crate::platform::Platform;
+use crate::scheme::Scheme;
+
+/// What a kernel runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// Any CPU.
+    Cpu,
+    /// NVIDIA from this compute capability up (80 is 8.0).
+    Cuda {
+        /// The smallest.
+        min: u16,
+    },
+}
+
+/// What a kernel does with an activation key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numerics {
+    /// Activations stay exact, which is more precise than the key asks for.
+    WeightOnly,
+    /// The input of each GEMM is quantised as the key says.
+    AsKeyed,
+}
+
+/// The Rust type behind a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertsKind {
+    /// [`crate::cpu::simd::SimdExperts`]
+    Simd,
+    /// [`crate::cpu::reference::ReferenceExperts`]
+    Reference,
+    /// A CUDA family.
+    Cuda,
+}
+
+/// A row of the table.
+#[derive(Debug)]
+pub struct KernelInfo {
+    /// `cpu_simd`
+    pub name: &'static str,
+    /// Where it runs.
+    pub device: Device,
+    /// What it does with activation keys.
+    pub numerics: Numerics,
+    /// What computes.
+    pub experts: ExpertsKind,
+    /// (weight, activation) keys it serves.
+    pub pairs: &'static [(u64, u64)],
+    /// Activations, a bit each in the order of the table crate's list.
+    pub activations: u32,
+    /// Activation formats: bit 0 standard, bit 1 batched.
+    pub formats: u32,
+}
+
+/// What a caller asks of a selection beside the layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SelectInputs {
+    /// The backend by name.
+    pub backend: MoeBackend,
+}
+
+impl SelectInputs {
+    /// Ours to choose.
+    pub const AUTO: Self = Self { backend: MoeBackend::Auto };
+
+    /// This backend or none.
+    pub const fn named(backend: MoeBackend) -> Self {
+        Self { backend }
+    }
+}
+
+/// Why a kernel can't serve a layer.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// Wrong hardware.
+    #[error("it runs on {needs}, not on {platform}")]
+    Device {
+        /// What it needs.
+        needs: &'static str,
+        /// What there is.
+        platform: Platform,
+    },
+    /// The GPU is older than the kernel.
+    #[error("it needs compute capability {min}, {platform} is older")]
+    Capability {
+        /// What it needs.
+        min: u16,
+        /// What there is.
+        platform: Platform,
+    },
+    /// No kernel for these keys.
+    #[error("it has no kernel for this pair of weight and activation keys")]
+    QuantScheme,
+    /// The activation function.
+    #[error("it does not compute the activation {0}")]
+    Activation(&'static str),
+    /// Standard or batched.
+    #[error("it does not take the {0} activation format")]
+    Format(&'static str),
+    /// Sizes that nothing could serve.
+    #[error("{0}")]
+    Shape(&'static str),
+    /// LoRA.
+    #[error("LoRA adapters on experts are not supported by any kernel of this crate")]
+    Lora,
+    /// A transport that we can't work behind.
+    #[error("the mori transport exists only together with AITER on ROCm")]
+    Transport,
+    /// The name stands for a kind of GPU kernel that is not in the table.
+    #[error("`{}` asks for a kind of NVIDIA kernel that this version does not have", .0.name())]
+    NameNeedsGpuKernel(MoeBackend),
+    /// The name stands for other hardware.
+    #[error("`{}` stands for another vendor's hardware, for which this crate has no kernels", .0.name())]
+    NameOfOtherHardware(MoeBackend),
+    /// The name means nothing for this scheme.
+    #[error("`{}` is no backend of this scheme; the names that work: {works}", name.name())]
+    UnknownName {
+        /// What was asked.
+        name: MoeBackend,
+        /// What works.
+        works: &'static str,
+    },
+}
+
+/// A chosen backend.
+#[derive(Clone, Copy, Debug)]
+pub struct Selection<B> {
+    /// The variant of the scheme's enum.
+    pub backend: B,
+    /// Its row of the table.
+    pub kernel: &'static KernelInfo,
+}
+
+/// A candidate and why it was refused.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rejection {
+    /// The backend; empty where the request itself failed.
+    pub backend: &'static str,
+    /// Why.
+    pub why: Unsupported,
+}
+
+/// The most candidates that an error lists; the table has fewer per scheme.
+const MAX: usize = 12;
+
+/// No backend serves the layer: the reason for every candidate. Holds no heap memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SelectError {
+    /// The oracle that was asked.
+    pub scheme: Scheme,
+    rejections: [Option<Rejection>; MAX],
+}
+
+impl SelectError {
+    /// No candidate yet.
+    pub const fn none(scheme: Scheme) -> Self {
+        Self { scheme, rejections: [None; MAX] }
+    }
+
+    /// The request itself can't be served.
+    pub const fn of_name(scheme: Scheme, why: Unsupported) -> Self {
+        Self::none(scheme).with("", why)
+    }
+
+    /// One more candidate.
+    pub const fn with(mut self, backend: &'static str, why: Unsupported) -> Self {
+        let mut i = 0;
+        while i < MAX {
+            if self.rejections[i].is_none() {
+                self.rejections[i] = Some(Rejection { backend, why });
+                break;
+            }
+            i += 1;
+        }
+        self
+    }
+
+    /// The candidates in order of priority.
+    pub fn rejections(&self) -> impl Iterator<Item = &Rejection> {
+        self.rejections.iter().flatten()
+    }
+}
+
+impl std::fmt::Display for SelectError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "no backend of the {} oracle serves this layer:", self.scheme)?;
+        for (i, r) in self.rejections().enumerate() {
+            let (sep, colon) = (if i > 0 { ";" } else { "" }, if r.backend.is_empty() { "" } else { ": " });
+            write!(f, "{sep} {}{colon}{}", r.backend, r.why)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for SelectError {}
+
+/// Whether a pair of keys is in a list.
+pub const fn pair_in(pairs: &[(u64, u64)], w: u64, a: u64) -> bool {
+    let mut i = 0;
+    while i < pairs.len() {
+        if pairs[i].0 == w && pairs[i].1 == a {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+const fn activation_bit(config: &MoeConfig) -> u32 {
+    use crate::config::Activation::*;
+    1 << match config.activation {
+        Silu { .. } => 0,
+        Gelu => 1,
+        GeluTanh => 2,
+        SwigluOai { .. } => 3,
+        SwigluStep { .. } => 4,
+        Situ { .. } => 5,
+        Relu2 => 6,
+        SiluNoMul => 7,
+        GeluNoMul => 8,
+        GeluTanhNoMul => 9,
+        Relu2NoMul => 10,
+    }
+}
+
+/// Whether a kernel serves a layer on a platform with these keys; else the first reason against it.
+pub const fn supports(
+    kernel: &KernelInfo,
+    config: &MoeConfig,
+    platform: &Platform,
+    _inputs: &SelectInputs,
+    w: u64,
+    a: u64,
+) -> Result<(), Unsupported> {
+    if let Some(problem) = config.problem() {
+        return Err(Unsupported::Shape(problem));
+    }
+    match (kernel.device, *platform) {
+        (Device::Cpu, Platform::Cpu(_)) => {}
+        (Device::Cuda { min }, Platform::Cuda(cc)) => {
+            if cc < min {
+                return Err(Unsupported::Capability { min, platform: *platform });
+            }
+        }
+        (Device::Cpu, _) => return Err(Unsupported::Device { needs: "the CPU", platform: *platform }),
+        (Device::Cuda { .. }, _) => return Err(Unsupported::Device { needs: "NVIDIA GPUs", platform: *platform }),
+    }
+    if !pair_in(kernel.pairs, w, a) {
+        return Err(Unsupported::QuantScheme);
+    }
+    if config.lora {
+        return Err(Unsupported::Lora);
+    }
+    if kernel.activations & activation_bit(config) == 0 {
+        return Err(Unsupported::Activation(config.activation.name()));
+    }
+    let (bit, format) = match config.format {
+        ActivationFormat::Standard => (1, "standard"),
+        ActivationFormat::Batched => (2, "batched"),
+    };
+    if kernel.formats & bit == 0 {
+        return Err(Unsupported::Format(format));
+    }
+    if matches!(config.parallel.all2all, All2All::Mori) {
+        return Err(Unsupported::Transport);
+    }
+    Ok(())
+}
