@@ -1,28 +1,204 @@
-//! placeholder until the backend lands
-#![allow(missing_docs)]
-use super::*;
-use crate::{config::Activation, platform::CpuIsa, weights::MoeWeights};
+//! The vectorised CPU backend: weights stay in the checkpoint's number format and become float32 in registers.
+//!
+//! Weight-only and exact: activations and sums are float32. See `format` for the layout and `kernel` for the loop.
+
+mod format;
+mod isa;
+mod kernel;
+mod math;
+mod pack;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use crate::config::Activation;
+use crate::platform::CpuIsa;
+use crate::weights::{ExpertWeights, MoeWeights, WeightError, WeightMatrix};
+use format::Shape;
+use rayon::prelude::*;
+
+/// Why weights cannot be packed.
 #[derive(Debug, thiserror::Error)]
-#[error("no")]
-pub struct PackError;
-pub struct SimdExperts;
+pub enum PackError {
+    /// The weights contradict themselves.
+    #[error(transparent)]
+    Weights(#[from] WeightError),
+    /// The processor cannot run the kernels.
+    #[error("this machine runs {} kernels at best, not {}", has.name(), asked.name())]
+    Isa {
+        /// What was asked for.
+        asked: CpuIsa,
+        /// The best there is.
+        has: CpuIsa,
+    },
+    /// The activation does not fit the weights.
+    #[error("the activation {activation} {} a gate projection, but the experts have {}", if *.gated { "needs" } else { "takes no" }, if *.gated { "none" } else { "one" })]
+    Gate {
+        /// Its name.
+        activation: &'static str,
+        /// Whether it takes a gate.
+        gated: bool,
+    },
+    /// A combination that no kernel decodes.
+    #[error("the vectorised kernels have no code for {0}")]
+    Unsupported(String),
+    /// The same projection is stored in different ways.
+    #[error("experts.{expert}.{tensor} is not quantised as in expert 0")]
+    Mixed {
+        /// The expert.
+        expert: usize,
+        /// `w1`, `w2` or `w3`
+        tensor: &'static str,
+    },
+    /// No memory.
+    #[error("cannot get {bytes} bytes for packed weights: {source}")]
+    Memory {
+        /// How much was asked for.
+        bytes: usize,
+        /// What the system says.
+        source: std::io::Error,
+    },
+}
+
+/// One projection of all experts.
+struct Projection {
+    shape: Shape,
+    kernel: kernel::PanelFn,
+}
+
+/// The order of an expert's columns where the checkpoint permuted them.
+#[derive(Default)]
+struct Orders {
+    /// Column of the input at each packed column.
+    gate: Option<Vec<u32>>,
+    /// The same.
+    up: Option<Vec<u32>>,
+    /// Packed column of each intermediate element.
+    down: Option<Vec<u32>>,
+}
+
+/// Experts packed for vector instructions. Does not refer to the canonical weights.
+pub struct SimdExperts {
+    gate: Option<Projection>,
+    up: Projection,
+    down: Projection,
+    orders: Vec<Orders>,
+    /// Whether any expert permutes its input.
+    permuted: bool,
+    /// Experts one after the other: gate and up panels alternating, then down panels.
+    packed: memmap2::Mmap,
+    expert_bytes: usize,
+    activation: Activation,
+    activate: kernel::ActivateFn,
+    isa: CpuIsa,
+}
+
 impl SimdExperts {
-    pub fn new(_: &MoeWeights, _: Activation, _: CpuIsa) -> Result<Self, PackError> {
-        Err(PackError)
+    /// Packs the weights, in parallel on rayon's pool, for kernels of the instruction set.
+    pub fn new(weights: &MoeWeights, activation: Activation, isa: CpuIsa) -> Result<Self, PackError> {
+        weights.validate()?;
+        let has = CpuIsa::detect();
+        if isa > has {
+            return Err(PackError::Isa { asked: isa, has });
+        }
+        if activation.gated() != weights.gated() {
+            return Err(PackError::Gate { activation: activation.name(), gated: activation.gated() });
+        }
+        let gate = match weights.gated() {
+            true => Some(projection(weights, isa, "w1", |e| (e.gate.as_ref(), e.gate_bias.as_deref()))?),
+            false => None,
+        };
+        let up = projection(weights, isa, "w3", |e| (Some(&e.up), e.up_bias.as_deref()))?;
+        let down = projection(weights, isa, "w2", |e| (Some(&e.down), e.down_bias.as_deref()))?;
+        let orders: Vec<Orders> = weights.experts.par_iter().map(orders).collect();
+
+        let bytes = gate.as_ref().map_or(0, |g| g.shape.bytes()) + up.shape.bytes() + down.shape.bytes();
+        let expert_bytes = bytes.next_multiple_of(64);
+        let total = expert_bytes * weights.experts.len();
+        let memory = |source| PackError::Memory { bytes: total, source };
+        let mut packed = memmap2::MmapMut::map_anon(total).map_err(memory)?;
+        // Fewer TLB misses where the system has huge pages to give; nothing depends on it.
+        #[cfg(target_os = "linux")]
+        let _ = packed.advise(memmap2::Advice::HugePage);
+        packed.par_chunks_mut(expert_bytes).zip(&weights.experts).zip(&orders).for_each(|((out, expert), orders)| {
+            pack_expert(expert, orders, gate.as_ref(), &up, &down, out);
+        });
+        let packed = packed.make_read_only().map_err(memory)?;
+        Ok(Self {
+            permuted: orders.iter().any(|o| o.gate.is_some() || o.up.is_some()),
+            gate,
+            up,
+            down,
+            orders,
+            packed,
+            expert_bytes,
+            activation,
+            activate: kernel::activation(isa),
+            isa,
+        })
     }
 }
-impl Experts for SimdExperts {
-    fn scratch_len(&self, _: usize) -> usize {
-        0
+
+/// The one shape that a projection has in all experts.
+fn projection(
+    weights: &MoeWeights,
+    isa: CpuIsa,
+    tensor: &'static str,
+    get: impl Fn(&ExpertWeights) -> (Option<&WeightMatrix>, Option<&[f32]>),
+) -> Result<Projection, PackError> {
+    let bias = weights.experts.iter().any(|e| get(e).1.is_some());
+    let mut shape = None;
+    for (expert, e) in weights.experts.iter().enumerate() {
+        let Some(m) = get(e).0 else { return Err(PackError::Mixed { expert, tensor }) };
+        let this = pack::shape(m, bias)?;
+        if *shape.get_or_insert(this) != this {
+            return Err(PackError::Mixed { expert, tensor });
+        }
     }
-    fn run(&self, _: ExpertsCall<'_>, _: &mut [f32], _: &mut [f32], _: &dyn Executor) {}
-    fn bytes_per_expert(&self) -> usize {
-        0
+    let Some(shape) = shape else { return Err(PackError::Unsupported("a layer without experts".into())) };
+    Ok(Projection { shape, kernel: kernel::kernel(isa, shape.code) })
+}
+
+fn orders(expert: &ExpertWeights) -> Orders {
+    Orders {
+        gate: expert.gate.as_ref().and_then(pack::permutation),
+        up: pack::permutation(&expert.up),
+        down: pack::permutation(&expert.down).map(|order| inverse(&order)),
     }
-    fn experts(&self) -> usize {
-        0
+}
+
+/// The permutation that undoes `order`.
+fn inverse(order: &[u32]) -> Vec<u32> {
+    let mut inverse = vec![0; order.len()];
+    for (i, &c) in order.iter().enumerate() {
+        inverse[c as usize] = i as u32;
     }
-    fn isa(&self) -> CpuIsa {
-        CpuIsa::Portable
+    inverse
+}
+
+fn pack_expert(
+    expert: &ExpertWeights,
+    orders: &Orders,
+    gate: Option<&Projection>,
+    up: &Projection,
+    down: &Projection,
+    out: &mut [u8],
+) {
+    let mut rest = out;
+    let mut next = |shape: &Shape| {
+        let (panel, tail) = std::mem::take(&mut rest).split_at_mut(shape.panel_bytes());
+        rest = tail;
+        panel
+    };
+    for i in 0..up.shape.panels() {
+        if let (Some(g), Some(m)) = (gate, &expert.gate) {
+            pack::panel(m, &g.shape, expert.gate_bias.as_deref(), orders.gate.as_deref(), i, next(&g.shape));
+        }
+        pack::panel(&expert.up, &up.shape, expert.up_bias.as_deref(), orders.up.as_deref(), i, next(&up.shape));
+    }
+    let order = orders.down.as_deref().map(inverse);
+    for i in 0..down.shape.panels() {
+        let out = next(&down.shape);
+        pack::panel(&expert.down, &down.shape, expert.down_bias.as_deref(), order.as_deref(), i, out);
     }
 }

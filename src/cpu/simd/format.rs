@@ -1,0 +1,211 @@
+//! Packed formats: how codes and scales lie in a panel, and how a step of codes becomes values.
+//!
+//! A panel is 32 rows of a matrix as one stream. It starts with a float32 factor per row (and a bias per row, where
+//! the layer has biases). Then, group by group along K: the group's scales, its zero points, and its codes in steps
+//! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
+
+use super::isa::Isa;
+
+/// Rows of a panel.
+pub(super) const PANEL: usize = 32;
+/// Bytes of a step, whatever the format.
+pub(super) const STEP_BYTES: usize = 128;
+
+/// How codes are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Code {
+    /// Dwords of two columns.
+    Bf16,
+    /// By column.
+    F16,
+    /// By column; the factor carries 256.
+    E4m3,
+    /// By column, two's complement: int8, and u8 around 128.
+    Int8,
+    /// By column, with zero points.
+    U8Zero,
+    /// 4 bits that index sixteen values.
+    Nibble([u16; 16]),
+    /// 4 bits with zero points.
+    NibbleZero([u16; 16]),
+}
+
+impl Code {
+    /// Columns of a step.
+    pub(super) fn step(self) -> usize {
+        match self {
+            Code::Bf16 | Code::F16 => 2,
+            Code::E4m3 | Code::Int8 | Code::U8Zero => 4,
+            Code::Nibble(_) | Code::NibbleZero(_) => 8,
+        }
+    }
+
+    /// Whether groups hold zero points.
+    pub(super) fn zero_points(self) -> bool {
+        matches!(self, Code::U8Zero | Code::NibbleZero(_))
+    }
+
+    /// The values of 4-bit codes, as bf16.
+    pub(super) fn table(self) -> [u16; 16] {
+        match self {
+            Code::Nibble(t) | Code::NibbleZero(t) => t,
+            _ => [0; 16],
+        }
+    }
+}
+
+/// The scales of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum GroupScale {
+    /// One group, whose scale is in the factor.
+    None,
+    /// float32 per row
+    F32,
+    /// one float32 for the panel
+    Shared,
+    /// float16 per row
+    F16,
+    /// bfloat16 per row
+    Bf16,
+    /// e8m0 per row
+    E8m0,
+    /// e4m3 per row; the factor carries 256
+    E4m3,
+}
+
+impl GroupScale {
+    /// Bytes per group; multiples of 32 keep steps aligned to a vector.
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            GroupScale::None => 0,
+            GroupScale::F32 => 4 * PANEL,
+            GroupScale::Shared => 32,
+            GroupScale::F16 | GroupScale::Bf16 => 2 * PANEL,
+            GroupScale::E8m0 | GroupScale::E4m3 => PANEL,
+        }
+    }
+
+    /// The scales of the lanes that start at `row`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Isa`]; `p` is the start of a group that has such scales, `row + LANES <= 32`.
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    pub(super) unsafe fn load<I: Isa>(self, p: *const u8, row: usize) -> I::V {
+        match self {
+            GroupScale::None => I::splat(1.0),
+            GroupScale::F32 => I::load(p.cast::<f32>().add(row)),
+            GroupScale::Shared => I::splat(p.cast::<f32>().read_unaligned()),
+            GroupScale::F16 => I::f16(p.add(2 * row)),
+            GroupScale::Bf16 => I::bf16(p.add(2 * row)),
+            GroupScale::E8m0 => I::e8m0(p.add(row)),
+            GroupScale::E4m3 => I::e4m3(p.add(row)),
+        }
+    }
+}
+
+/// Everything a kernel must know of a packed matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Shape {
+    /// N
+    pub rows: usize,
+    /// K
+    pub cols: usize,
+    /// Columns of a group, the last may hold fewer; at least 1.
+    pub group: usize,
+    /// Codes.
+    pub code: Code,
+    /// Scales.
+    pub scale: GroupScale,
+    /// Whether a bias follows the factor.
+    pub bias: bool,
+}
+
+impl Shape {
+    /// Bytes before the first group.
+    pub(super) fn head(&self) -> usize {
+        PANEL * 4 * (1 + usize::from(self.bias))
+    }
+
+    /// Bytes of a panel, a multiple of 32.
+    pub(super) fn panel_bytes(&self) -> usize {
+        let per_group = self.scale.bytes() + if self.code.zero_points() { PANEL } else { 0 };
+        let steps = |cols: usize| cols.div_ceil(self.code.step());
+        let full = self.cols / self.group;
+        self.head()
+            + self.cols.div_ceil(self.group) * per_group
+            + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
+    }
+
+    /// Number of panels.
+    pub(super) fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+
+    /// Bytes of the matrix.
+    pub(super) fn bytes(&self) -> usize {
+        self.panels() * self.panel_bytes()
+    }
+}
+
+/// Decoding of one kind of code.
+pub(super) trait Format {
+    /// Columns of a step.
+    const STEP: usize;
+    /// Zero points are subtracted after decoding.
+    const ZERO: bool;
+
+    /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Isa`]; `p` is a step of 128 bytes, `row + LANES <= 32`.
+    unsafe fn decode<I: Isa>(p: *const u8, row: usize, lut: I::Lut, w: &mut [I::V; 8]);
+}
+
+macro_rules! format {
+    ($(#[$doc:meta])* $name:ident, $step:literal, $zero:literal, |$p:ident, $row:ident, $lut:ident, $w:ident| $body:block) => {
+        $(#[$doc])*
+        pub(super) struct $name;
+
+        impl Format for $name {
+            const STEP: usize = $step;
+            const ZERO: bool = $zero;
+
+            #[inline(always)]
+            #[allow(unsafe_op_in_unsafe_fn, unused_variables)]
+            unsafe fn decode<I: Isa>($p: *const u8, $row: usize, $lut: I::Lut, $w: &mut [I::V; 8]) $body
+        }
+    };
+}
+
+format!(/// [`Code::Bf16`]
+    Bf16, 2, false, |p, row, lut, w| { (w[0], w[1]) = I::bf16x2(p.add(4 * row)); });
+format!(/// [`Code::F16`]
+F16, 2, false, |p, row, lut, w| {
+    w[0] = I::f16(p.add(2 * row));
+    w[1] = I::f16(p.add(64 + 2 * row));
+});
+format!(/// [`Code::E4m3`]
+E4m3, 4, false, |p, row, lut, w| {
+    for (k, w) in w[..4].iter_mut().enumerate() {
+        *w = I::e4m3(p.add(32 * k + row));
+    }
+});
+format!(/// [`Code::Int8`]
+Int8, 4, false, |p, row, lut, w| {
+    for (k, w) in w[..4].iter_mut().enumerate() {
+        *w = I::i8(p.add(32 * k + row));
+    }
+});
+format!(/// [`Code::U8Zero`]
+U8Zero, 4, true, |p, row, lut, w| {
+    for (k, w) in w[..4].iter_mut().enumerate() {
+        *w = I::u8(p.add(32 * k + row));
+    }
+});
+format!(/// [`Code::Nibble`]
+    Nibble, 8, false, |p, row, lut, w| { *w = I::nibbles(p.add(4 * row), lut); });
+format!(/// [`Code::NibbleZero`]
+    NibbleZero, 8, true, |p, row, lut, w| { *w = I::nibbles(p.add(4 * row), lut); });

@@ -1,0 +1,112 @@
+//! Eight lanes with AVX2, FMA and F16C.
+// Every function here is unsafe under the one contract stated at `Isa`.
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use super::Isa;
+use std::arch::x86_64::*;
+
+/// 256-bit vectors.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Avx2;
+
+impl Isa for Avx2 {
+    const LANES: usize = 8;
+    type V = __m256;
+    type Lut = (__m256i, __m256i);
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m256 {
+        _mm256_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m256 {
+        _mm256_loadu_ps(p)
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m256) {
+        _mm256_storeu_ps(p, v)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        _mm256_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        _mm256_mul_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        _mm256_add_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        _mm256_sub_ps(a, b)
+    }
+    #[inline(always)]
+    unsafe fn f16(p: *const u8) -> __m256 {
+        _mm256_cvtph_ps(_mm_loadu_si128(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn bf16(p: *const u8) -> __m256 {
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16))
+    }
+    #[inline(always)]
+    unsafe fn i8(p: *const u8) -> __m256 {
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn u8(p: *const u8) -> __m256 {
+        _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())))
+    }
+    #[inline(always)]
+    unsafe fn e4m3(p: *const u8) -> __m256 {
+        let wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())), 7);
+        _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(0xbf80_u16 as i16)))
+    }
+    #[inline(always)]
+    unsafe fn e8m0(p: *const u8) -> __m256 {
+        let bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())), 23);
+        // Code 0 is 2^-127, a subnormal.
+        _mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_set1_epi32(0x0040_0000)))
+    }
+    #[inline(always)]
+    unsafe fn bf16x2(p: *const u8) -> (__m256, __m256) {
+        halves(_mm256_loadu_si256(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn lut(t: &[u16; 16]) -> (__m256i, __m256i) {
+        let (mut lo, mut hi) = ([0u8; 16], [0u8; 16]);
+        for i in 0..16 {
+            [lo[i], hi[i]] = t[i].to_le_bytes();
+        }
+        (
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(lo.as_ptr().cast())),
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(hi.as_ptr().cast())),
+        )
+    }
+    #[inline(always)]
+    unsafe fn nibbles(p: *const u8, (lo, hi): (__m256i, __m256i)) -> [__m256; 8] {
+        let bytes = _mm256_loadu_si256(p.cast());
+        let mask = _mm256_set1_epi8(0xf);
+        let a = _mm256_and_si256(bytes, mask);
+        let b = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+        let (al, ah) = (_mm256_shuffle_epi8(lo, a), _mm256_shuffle_epi8(hi, a));
+        let (bl, bh) = (_mm256_shuffle_epi8(lo, b), _mm256_shuffle_epi8(hi, b));
+        let (k0, k1) = halves(_mm256_unpacklo_epi8(al, ah));
+        let (k2, k3) = halves(_mm256_unpackhi_epi8(al, ah));
+        let (k4, k5) = halves(_mm256_unpacklo_epi8(bl, bh));
+        let (k6, k7) = halves(_mm256_unpackhi_epi8(bl, bh));
+        [k0, k1, k2, k3, k4, k5, k6, k7]
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        _mm_prefetch::<_MM_HINT_T0>(p.cast())
+    }
+}
+
+/// Dwords of two bf16 to float32.
+#[inline(always)]
+unsafe fn halves(v: __m256i) -> (__m256, __m256) {
+    let high = _mm256_and_si256(v, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+    (_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(high))
+}

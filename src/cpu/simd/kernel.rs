@@ -1,0 +1,252 @@
+//! The micro-kernel: one panel times the rows of some tokens, and its entry points per instruction set.
+//!
+//! Lanes are rows of the panel and K runs sequentially, so that each output is one chain of multiply-adds in an order
+//! that depends on nothing but the matrix: any tile of tokens gives the same bits.
+
+use super::format::{self, Code, Format, GroupScale, PANEL, STEP_BYTES, Shape};
+use super::isa::{Isa, portable::Portable};
+use super::math;
+use crate::config::Activation;
+use crate::platform::CpuIsa;
+
+/// Tokens that a caller hands over at once.
+pub(super) const CHUNK: usize = 12;
+
+/// How far ahead of the running step memory is asked for.
+const PREFETCH: usize = 1024;
+
+/// One panel times `x[0 .. tokens]`.
+pub(super) struct Job<'a> {
+    /// The matrix.
+    pub shape: &'a Shape,
+    /// `shape.panel_bytes()` bytes.
+    pub panel: &'a [u8],
+    /// Rows of `shape.cols` elements.
+    pub x: &'a [*const f32],
+    /// Results, one per element of `x`.
+    pub out: &'a mut [[f32; PANEL]],
+}
+
+/// # Safety
+///
+/// The processor has the kernel's instruction set, the panel was packed for the shape and has `panel_bytes` bytes, the
+/// kernel is the one for the shape's code, every pointer of `x` can be read for `shape.cols` elements and `out` is as
+/// long as `x`.
+pub(super) type PanelFn = unsafe fn(&mut Job<'_>);
+
+/// # Safety
+///
+/// The processor has the function's instruction set.
+pub(super) type ActivateFn = unsafe fn(Activation, &[f32; PANEL], &[f32; PANEL], &mut [f32; PANEL]);
+
+/// # Safety
+///
+/// As for [`PanelFn`]; tokens `t .. t + M` exist and `row + V * LANES <= 32`.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize, row: usize) {
+    let shape = job.shape;
+    let lut = I::lut(&shape.code.table());
+    let zero = I::splat(0.0);
+    let mut x = [std::ptr::null::<f32>(); M];
+    x.copy_from_slice(&job.x[t..t + M]);
+    let base = job.panel.as_ptr();
+    let mut p = base.add(shape.head());
+    let (cols, group, scale) = (shape.cols, shape.group, shape.scale);
+    let mut acc = [[zero; V]; M];
+    let mut k = 0;
+    while k < cols {
+        let len = group.min(cols - k);
+        let scales = p;
+        p = p.add(scale.bytes());
+        let mut zeros = [zero; V];
+        if F::ZERO {
+            for v in 0..V {
+                zeros[v] = I::u8(p.add(row + v * I::LANES));
+            }
+            p = p.add(PANEL);
+        }
+        let mut sum = [[zero; V]; M];
+        for _ in 0..len / F::STEP {
+            if M == 1 {
+                I::prefetch(p.wrapping_add(PREFETCH));
+                I::prefetch(p.wrapping_add(PREFETCH + 64));
+            }
+            step::<I, F, M, V>(p, row, lut, &zeros, &x, &mut sum);
+            p = p.add(STEP_BYTES);
+            for m in 0..M {
+                x[m] = x[m].add(F::STEP);
+            }
+            k += F::STEP;
+        }
+        let rest = len % F::STEP;
+        if rest > 0 {
+            // The step's other columns meet zeros: they are neither this group's nor, at the end, there at all.
+            let mut tail = [[0f32; 8]; M];
+            let mut tail_x = [std::ptr::null::<f32>(); M];
+            for m in 0..M {
+                for i in 0..rest {
+                    tail[m][i] = x[m].add(i).read();
+                }
+                tail_x[m] = tail[m].as_ptr();
+                x[m] = x[m].add(rest);
+            }
+            step::<I, F, M, V>(p, row, lut, &zeros, &tail_x, &mut sum);
+            p = p.add(STEP_BYTES);
+            k += rest;
+        }
+        if scale == GroupScale::None {
+            acc = sum;
+        } else {
+            for v in 0..V {
+                let s = scale.load::<I>(scales, row + v * I::LANES);
+                for m in 0..M {
+                    acc[m][v] = I::fma(sum[m][v], s, acc[m][v]);
+                }
+            }
+        }
+    }
+    for v in 0..V {
+        let at = row + v * I::LANES;
+        let factor = I::load(base.cast::<f32>().add(at));
+        for m in 0..M {
+            let mut y = I::mul(acc[m][v], factor);
+            if shape.bias {
+                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
+            }
+            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+        }
+    }
+}
+
+/// # Safety
+///
+/// As for [`tile`]; `p` is a step and each of `x` can be read for `STEP` elements.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
+    p: *const u8,
+    row: usize,
+    lut: I::Lut,
+    zeros: &[I::V; V],
+    x: &[*const f32; M],
+    sum: &mut [[I::V; V]; M],
+) {
+    let mut w = [[zeros[0]; 8]; V];
+    for v in 0..V {
+        F::decode::<I>(p, row + v * I::LANES, lut, &mut w[v]);
+        for k in 0..F::STEP {
+            if F::ZERO {
+                w[v][k] = I::sub(w[v][k], zeros[v]);
+            }
+            // A single token uses each value once, right here, before it could leave its register.
+            if M == 1 {
+                sum[0][v] = I::fma(w[v][k], I::splat(x[0].add(k).read()), sum[0][v]);
+            }
+        }
+    }
+    if M > 1 {
+        for k in 0..F::STEP {
+            for m in 0..M {
+                let x = I::splat(x[m].add(k).read());
+                for v in 0..V {
+                    sum[m][v] = I::fma(w[v][k], x, sum[m][v]);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As for [`PanelFn`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn panel<I: Isa, F: Format>(job: &mut Job<'_>) {
+    let tokens = job.x.len();
+    if tokens == 1 {
+        if I::LANES == 16 {
+            return tile::<I, F, 1, 2>(job, 0, 0);
+        }
+        return tile::<I, F, 1, 4>(job, 0, 0);
+    }
+    let mut t = 0;
+    while t < tokens {
+        let m = (tokens - t).min(4);
+        let mut row = 0;
+        while row < PANEL {
+            match m {
+                1 => tile::<I, F, 1, 2>(job, t, row),
+                2 => tile::<I, F, 2, 2>(job, t, row),
+                3 => tile::<I, F, 3, 2>(job, t, row),
+                _ => tile::<I, F, 4, 2>(job, t, row),
+            }
+            row += 2 * I::LANES;
+        }
+        t += m;
+    }
+}
+
+macro_rules! entries {
+    ($module:ident, $isa:ty $(, $feature:literal)?) => {
+        mod $module {
+            use super::*;
+
+            $(#[target_feature(enable = $feature)])?
+            #[allow(unsafe_op_in_unsafe_fn)]
+            unsafe fn entry<F: Format>(job: &mut Job<'_>) {
+                panel::<$isa, F>(job)
+            }
+
+            pub(super) fn kernel(code: Code) -> PanelFn {
+                match code {
+                    Code::Bf16 => entry::<format::Bf16>,
+                    Code::F16 => entry::<format::F16>,
+                    Code::E4m3 => entry::<format::E4m3>,
+                    Code::Int8 => entry::<format::Int8>,
+                    Code::U8Zero => entry::<format::U8Zero>,
+                    Code::Nibble(_) => entry::<format::Nibble>,
+                    Code::NibbleZero(_) => entry::<format::NibbleZero>,
+                }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn activate(
+                a: Activation,
+                gate: &[f32; PANEL],
+                up: &[f32; PANEL],
+                out: &mut [f32; PANEL],
+            ) {
+                math::activate(a, gate, up, out)
+            }
+        }
+    };
+}
+
+entries!(on_portable, Portable);
+#[cfg(target_arch = "x86_64")]
+entries!(on_avx2, super::super::isa::avx2::Avx2, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+entries!(on_avx512, super::super::isa::avx512::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+
+/// The kernel of a code and an instruction set.
+pub(super) fn kernel(isa: CpuIsa, code: Code) -> PanelFn {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx2 => on_avx2::kernel(code),
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512 => on_avx512::kernel(code),
+        _ => on_portable::kernel(code),
+    }
+}
+
+/// The activation of an instruction set.
+pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx2 => on_avx2::activate,
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512 => on_avx512::activate,
+        _ => on_portable::activate,
+    }
+}

@@ -1,0 +1,181 @@
+//! From canonical weights to panels.
+
+use super::PackError;
+use super::format::{Code, GroupScale, PANEL, STEP_BYTES, Shape};
+use crate::scheme::{Elem, number};
+use crate::weights::{HalfType, Scales, WeightElem, WeightMatrix};
+
+fn bf16_table(f: impl Fn(u8) -> f32) -> [u16; 16] {
+    std::array::from_fn(|i| half::bf16::from_f32(f(i as u8)).to_bits())
+}
+
+/// How a matrix will be packed.
+pub(super) fn shape(m: &WeightMatrix, bias: bool) -> Result<Shape, PackError> {
+    let unsupported = |what: String| Err(PackError::Unsupported(what));
+    let zero_points = matches!(&m.scales, Scales::Group { zero_points: Some(_), .. });
+    let code = match m.elem {
+        WeightElem::Bf16 => Code::Bf16,
+        WeightElem::F16 => Code::F16,
+        WeightElem::Quant(Elem::E4m3) => Code::E4m3,
+        WeightElem::Quant(Elem::Int8) => Code::Int8,
+        WeightElem::Quant(Elem::E2m1) => Code::Nibble(bf16_table(|c| number::E2M1[usize::from(c)])),
+        WeightElem::Quant(Elem::U8) if zero_points => Code::U8Zero,
+        WeightElem::Quant(Elem::U8) => Code::Int8,
+        WeightElem::Quant(Elem::U4) if zero_points => Code::NibbleZero(bf16_table(f32::from)),
+        WeightElem::Quant(Elem::U4) => Code::Nibble(bf16_table(|c| f32::from(c) - 8.0)),
+        WeightElem::Quant(e) => return unsupported(format!("{e:?} weights")),
+    };
+    if zero_points != code.zero_points() {
+        return unsupported(format!("zero points for {:?} weights", m.elem));
+    }
+    let offset = matches!(m.elem, WeightElem::Quant(Elem::U4 | Elem::U8));
+    let scale = match &m.scales {
+        Scales::None | Scales::PerTensor(_) | Scales::PerRow(_) => GroupScale::None,
+        Scales::Block { block, .. } if block % PANEL == 0 => GroupScale::Shared,
+        Scales::Block { .. } => GroupScale::F32,
+        Scales::E8m0(_) | Scales::Nvfp4 { .. } if offset => {
+            return unsupported(format!("{:?} weights with scales of an MX format", m.elem));
+        }
+        Scales::E8m0(_) => GroupScale::E8m0,
+        Scales::Nvfp4 { .. } => GroupScale::E4m3,
+        Scales::Group { size, .. } if *size == m.cols => GroupScale::None,
+        Scales::Group { ty: HalfType::F16, .. } => GroupScale::F16,
+        Scales::Group { ty: HalfType::Bf16, .. } => GroupScale::Bf16,
+    };
+    let group = m.group_cols().min(m.cols);
+    Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias })
+}
+
+/// The columns in the order in which they are packed, where that is not their own.
+pub(super) fn permutation(m: &WeightMatrix) -> Option<Vec<u32>> {
+    let Scales::Group { g_idx: Some(g), .. } = &m.scales else { return None };
+    if g.is_sorted() {
+        return None;
+    }
+    let mut order: Vec<u32> = (0..m.cols as u32).collect();
+    order.sort_by_key(|&c| g[c as usize]);
+    Some(order)
+}
+
+/// What multiplies a row's sum at last.
+fn factor(m: &WeightMatrix, shape: &Shape, row: usize) -> f32 {
+    let base = match &m.scales {
+        Scales::PerTensor(s) => *s,
+        Scales::PerRow(s) => s[row],
+        Scales::Nvfp4 { global, .. } => *global,
+        Scales::Group { values, .. } if shape.scale == GroupScale::None => values[row],
+        _ => 1.0,
+    };
+    let codes = if shape.code == Code::E4m3 { 256.0 } else { 1.0 };
+    let scales = if shape.scale == GroupScale::E4m3 { 256.0 } else { 1.0 };
+    base * codes * scales
+}
+
+/// Writes the scale of `row` (`lane` of the panel) in group `g` to the group's scales.
+fn put_scale(m: &WeightMatrix, shape: &Shape, row: usize, g: usize, lane: usize, out: &mut [u8]) {
+    let groups = m.cols.div_ceil(shape.group);
+    match (&m.scales, shape.scale) {
+        (Scales::Block { block, values }, GroupScale::Shared) => {
+            if lane == 0 {
+                out[..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
+            }
+        }
+        (Scales::Block { block, values }, _) => {
+            out[4 * lane..][..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
+        }
+        (Scales::E8m0(codes) | Scales::Nvfp4 { codes, .. }, _) => out[lane] = codes[row * groups + g],
+        (Scales::Group { values, .. }, GroupScale::F16) => {
+            let s = half::f16::from_f32(values[row * groups + g]);
+            out[2 * lane..][..2].copy_from_slice(&s.to_le_bytes());
+        }
+        (Scales::Group { values, .. }, GroupScale::Bf16) => {
+            let s = half::bf16::from_f32(values[row * groups + g]);
+            out[2 * lane..][..2].copy_from_slice(&s.to_le_bytes());
+        }
+        _ => {}
+    }
+}
+
+/// Packs panel `index` into `out`, which is `shape.panel_bytes()` long and zero.
+pub(super) fn panel(
+    m: &WeightMatrix,
+    shape: &Shape,
+    bias: Option<&[f32]>,
+    order: Option<&[u32]>,
+    index: usize,
+    out: &mut [u8],
+) {
+    let first = index * PANEL;
+    let rows = PANEL.min(m.rows - first);
+    for lane in 0..rows {
+        out[4 * lane..][..4].copy_from_slice(&factor(m, shape, first + lane).to_le_bytes());
+        if let Some(b) = bias {
+            out[4 * (PANEL + lane)..][..4].copy_from_slice(&b[first + lane].to_le_bytes());
+        }
+    }
+    let mut at = shape.head();
+    let step = shape.code.step();
+    for g in 0..m.cols.div_ceil(shape.group) {
+        let start = g * shape.group;
+        let end = (start + shape.group).min(m.cols);
+        let scales = &mut out[at..at + shape.scale.bytes()];
+        for lane in 0..rows {
+            put_scale(m, shape, first + lane, g, lane, scales);
+        }
+        at += shape.scale.bytes();
+        if let Scales::Group { zero_points: Some(z), size, .. } = &m.scales {
+            for lane in 0..rows {
+                out[at + lane] = z[(first + lane) * (m.cols / size) + g];
+            }
+            at += PANEL;
+        }
+        for k in (start..end).step_by(step) {
+            let block = &mut out[at..at + STEP_BYTES];
+            let mut columns = [0usize; 8];
+            let n = step.min(end - k);
+            for (i, c) in columns[..n].iter_mut().enumerate() {
+                *c = order.map_or(k + i, |o| o[k + i] as usize);
+            }
+            codes(m, first, rows, &columns[..n], block);
+            at += STEP_BYTES;
+        }
+    }
+}
+
+/// Packs the codes of one step.
+fn codes(m: &WeightMatrix, first: usize, rows: usize, columns: &[usize], out: &mut [u8]) {
+    for lane in 0..rows {
+        let row = (first + lane) * m.cols;
+        match m.elem {
+            WeightElem::Bf16 => {
+                for (k, c) in columns.iter().enumerate() {
+                    out[4 * lane + 2 * k..][..2].copy_from_slice(&m.codes[2 * (row + c)..][..2]);
+                }
+            }
+            WeightElem::F16 => {
+                for (k, c) in columns.iter().enumerate() {
+                    out[64 * k + 2 * lane..][..2].copy_from_slice(&m.codes[2 * (row + c)..][..2]);
+                }
+            }
+            WeightElem::Quant(Elem::E2m1 | Elem::U4) => {
+                for (k, c) in columns.iter().enumerate() {
+                    // The kernel's unpacking takes columns 0, 1 (and 4, 5 in the high nibbles) from the low 8 bytes
+                    // of 16 and the others from the high 8, four rows each.
+                    let byte = lane / 4 * 16 + (k & 2) * 4 + lane % 4 * 2 + (k & 1);
+                    out[byte] |= number::nibble(&m.codes, row + c) << (k & 4);
+                }
+            }
+            WeightElem::Quant(e) => {
+                // U8 without zero points means code - 128: flipping the top bit makes that two's complement.
+                let flip = match &m.scales {
+                    Scales::Group { zero_points: Some(_), .. } => 0,
+                    _ if e == Elem::U8 => 0x80,
+                    _ => 0,
+                };
+                for (k, c) in columns.iter().enumerate() {
+                    out[32 * k + lane] = m.codes[row + c] ^ flip;
+                }
+            }
+        }
+    }
+}
