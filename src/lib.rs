@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod cpu;
 pub mod kernel;
+pub mod layer;
 pub mod oracle;
 pub mod platform;
 pub mod scheme;

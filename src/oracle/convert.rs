@@ -158,7 +158,8 @@ pub(super) fn quant_config(
 }
 
 impl KernelWeights {
-    pub(super) fn into_experts(
+    /// The experts that these weights make.
+    pub fn into_experts(
         self,
         config: &MoeConfig,
         quant: Option<QuantConfig>,

@@ -1,0 +1,101 @@
+//! `run`: one layer of a checkpoint over the hidden states of a file.
+
+use crate::tensors::{self, Input};
+use crate::{Failure, outln};
+use moe_oracle::checkpoint::Checkpoint;
+use moe_oracle::cpu::ThreadPool;
+use moe_oracle::layer::{Layer, LayerOptions};
+use moe_oracle::oracle::{MoeBackend, Numerics, SelectInputs};
+use moe_oracle::platform::Platform;
+use std::path::PathBuf;
+
+/// Arguments of `run`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Folder of the checkpoint: config.json and safetensors files.
+    #[arg(long)]
+    model: PathBuf,
+    /// Index of the layer; the first MoE layer without it.
+    #[arg(long)]
+    layer: Option<usize>,
+    /// Safetensors file with `hidden_states` [T, H], and optionally `router_hidden_states`, `topk_ids`, `topk_weights`.
+    #[arg(long)]
+    input: PathBuf,
+    /// File to write: `output`, `topk_ids`, `topk_weights`, and `output_with_shared` where there are shared experts.
+    #[arg(long)]
+    output: PathBuf,
+    /// Backend by name.
+    #[arg(long, default_value = "auto")]
+    backend: String,
+    /// Where to run.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Threads; 0: one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Leave activations exact even where the backend can quantise them as the checkpoint asks.
+    #[arg(long)]
+    exact_activations: bool,
+    /// Print what was done as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Looks a backend up by its name.
+pub fn backend(name: &str) -> Result<MoeBackend, Failure> {
+    MoeBackend::by_name(name).ok_or_else(|| {
+        let names: Vec<_> = MoeBackend::ALL.iter().map(|b| b.name()).collect();
+        format!("`{name}` is no backend's name; there are: {}", names.join(", ")).into()
+    })
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> Result<(), Failure> {
+    if args.device != "cpu" {
+        return Err(format!("the device `{}` is not in this build, which runs on `cpu` only", args.device).into());
+    }
+    let inputs = SelectInputs::named(backend(&args.backend)?);
+    let options = LayerOptions { platform: Platform::cpu(), inputs, exact_activations: args.exact_activations };
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let index = match args.layer {
+        Some(index) => index,
+        None => *checkpoint.layers().first().ok_or("the checkpoint holds no MoE layer")?,
+    };
+    let moe = checkpoint.layer(index)?;
+    let (config, family, producer) = (moe.config, moe.family.clone(), moe.producer.clone());
+    let input = Input::read(&args.input, config.hidden, config.topk, config.experts)?;
+    let layer = Layer::new(moe, &options)?;
+    let pool = ThreadPool::new(args.threads)?;
+    let result = layer.run(&input.hidden, input.router_hidden.as_deref(), input.routed, &pool)?;
+    tensors::write(&args.output, &result, config.hidden, config.topk)?;
+
+    let (oracle, kernel) = (layer.choice().oracle, layer.choice().kernel);
+    let key = |bits| moe_oracle::scheme::QuantKey::from_bits(bits).map(|k| k.name());
+    let numerics = match kernel.numerics {
+        Numerics::AsKeyed if !args.exact_activations && oracle.activation != 0 => {
+            "activations quantised as the key asks"
+        }
+        _ => "activations exact",
+    };
+    let why = match args.backend.as_str() {
+        "auto" => "the first of its oracle's backends that supports the layer",
+        _ => "asked for by name",
+    };
+    if args.json {
+        let facts = serde_json::json!({
+            "family": family, "layer": index, "producer": producer, "scheme": oracle.scheme.name(),
+            "oracle": oracle.alias, "weight_key": key(oracle.weight), "activation_key": key(oracle.activation),
+            "backend": kernel.name, "why": why, "numerics": numerics, "platform": options.platform.to_string(),
+            "tokens": input.tokens, "threads": moe_oracle::cpu::Executor::threads(&pool),
+        });
+        return outln(&facts.to_string());
+    }
+    outln(&format!(
+        "{family} layer {index}: scheme {} ({producer}), weights {}, activations {}",
+        oracle.scheme,
+        key(oracle.weight).unwrap_or("not quantised"),
+        key(oracle.activation).unwrap_or("not quantised"),
+    ))?;
+    outln(&format!("backend {} on {}: {why}; {numerics}", kernel.name, options.platform))?;
+    outln(&format!("{} tokens -> {}", input.tokens, args.output.display()))
+}
