@@ -124,7 +124,13 @@ impl Model {
         let shared = match family {
             Family::Qwen => shared_key("shared_expert_intermediate_size")?,
             Family::Llama4 => Some(alias(o, &["intermediate_size"], MAX_SIZE)?),
-            Family::DeepSeekV2 | Family::DeepSeekV3 => shared_key("n_shared_experts")?.map(|n| n * intermediate),
+            Family::DeepSeekV2 | Family::DeepSeekV3 => match shared_key("n_shared_experts")? {
+                Some(n) => match n.checked_mul(intermediate).filter(|&i| i <= MAX_SIZE) {
+                    Some(i) => Some(i),
+                    None => return Err(o.error("n_shared_experts", &format!("is {n}, beyond any model"))),
+                },
+                None => None,
+            },
             Family::NemotronH => match shared_key("n_shared_experts")? {
                 Some(_) => Some(alias(o, &["moe_shared_expert_intermediate_size"], MAX_SIZE)?),
                 None => None,
@@ -202,7 +208,8 @@ fn deepseek_routing(family: Family, model_type: &str, o: Object) -> Result<Routi
             normalize,
             scaling,
         }),
-        ("softmax", None | Some("greedy" | "group_limited_greedy")) => {
+        // Of the others, transformers' code applies a sigmoid whatever the config says: a softmax would be a guess.
+        ("softmax", None | Some("greedy" | "group_limited_greedy")) if family == Family::DeepSeekV2 => {
             let grouped = method == Some("group_limited_greedy") && groups.unwrap_or(1) != 1;
             if grouped {
                 return unsupported("topk_method \"group_limited_greedy\" over several groups".into());

@@ -9,6 +9,8 @@ mod experts;
 mod family;
 mod file;
 mod json;
+#[cfg(test)]
+mod made;
 mod pattern;
 mod quant;
 #[cfg(test)]

@@ -46,7 +46,8 @@ impl Test {
 impl Pattern {
     pub fn new(text: &str) -> Result<Self, CheckpointError> {
         match text.strip_prefix("re:") {
-            None => Ok(Pattern::Name(text.chars().map(glob_item).collect())),
+            // "mlp.gate." is how some spell that they mean the whole segment, which is meant anyway.
+            None => Ok(Pattern::Name(text.trim_matches('.').chars().map(glob_item).collect())),
             Some(regex) => Self::regex(regex),
         }
     }
@@ -207,6 +208,7 @@ mod tests {
             ("experts", true),
             ("up", false),
             ("gate", false),
+            ("mlp.experts.", true),
             ("model.layers.*.mlp", true),
             ("model.layers.*.self_attn", false),
             ("*experts*", true),

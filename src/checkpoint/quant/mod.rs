@@ -190,6 +190,11 @@ pub(super) fn read_linear(
     match &format.kind {
         Kind::Plain => {
             let weight = site.get("weight")?.expect(&[Dtype::BF16, Dtype::F16], &[rows, cols])?;
+            // A scale beside 16-bit weights means that config and file disagree on what is quantised.
+            let prefix = format!("{module}.");
+            if let Some(other) = tensors.under(&prefix).find(|n| !matches!(&n[prefix.len()..], "weight" | "bias")) {
+                return Err(CheckpointError::tensor(other, "is there, but the config has the module not quantised"));
+            }
             Ok(WeightMatrix { rows, cols, elem: half_elem(weight), codes: weight.data.clone(), scales: Scales::None }
                 .into())
         }
@@ -238,7 +243,7 @@ impl<'a> Site<'a> {
     /// How many groups of `size` (`None`: the whole row) a row has, with that size.
     fn groups(&self, last: &str, size: Option<usize>) -> Result<(usize, usize), CheckpointError> {
         let size = size.unwrap_or(self.cols);
-        if size == 0 || self.cols % size != 0 {
+        if size == 0 || !self.cols.is_multiple_of(size) {
             let problem = format!("has rows of {}, which the config's group size {size} does not divide", self.cols);
             return Err(self.error(last, problem));
         }
