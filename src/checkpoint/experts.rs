@@ -39,14 +39,18 @@ pub(super) fn find_layers(tensors: &Tensors) -> Result<BTreeMap<usize, String>, 
 
 /// What a layer is read from.
 pub(super) struct Reader<'a> {
+    /// What the config says.
     pub model: &'a Model,
+    /// What is quantised.
     pub quant: &'a QuantConfig,
+    /// The files.
     pub tensors: &'a Tensors,
-    /// Ends with a point.
+    /// What the layer's names begin with; ends with a point.
     pub base: &'a str,
 }
 
 impl<'a> Reader<'a> {
+    /// Everything about the layer.
     pub fn layer(&self, index: usize) -> Result<MoeLayer, CheckpointError> {
         let mut config = self.model.config;
         let (weights, producer) = self.experts()?;

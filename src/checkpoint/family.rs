@@ -29,7 +29,9 @@ pub(super) enum Family {
 /// What is the same for every layer of a model.
 #[derive(Clone, Debug)]
 pub(super) struct Model {
+    /// Names and layouts.
     pub family: Family,
+    /// As the config has it.
     pub model_type: String,
     /// Everything but biases, which the tensors tell.
     pub config: MoeConfig,
@@ -63,6 +65,7 @@ fn alias(o: Object, keys: &[&str], max: usize) -> Result<usize, CheckpointError>
 }
 
 impl Model {
+    /// Reads a `config.json`; everything but its quantisation.
     pub fn new(config: &Value) -> Result<Self, CheckpointError> {
         let root = Object::new(config, "config.json")?;
         let model_type = root.required("model_type", root.str("model_type")?)?;

@@ -12,13 +12,18 @@ use std::path::{Component, Path};
 /// `shape` need.
 #[derive(Clone, Debug)]
 pub(super) struct Tensor {
+    /// Its name in the checkpoint.
     pub name: String,
+    /// What an element is.
     pub dtype: Dtype,
+    /// Row-major.
     pub shape: Vec<usize>,
+    /// Little endian.
     pub data: Bytes,
 }
 
 impl Tensor {
+    /// An error about this tensor.
     pub fn error(&self, problem: impl Into<String>) -> CheckpointError {
         CheckpointError::tensor(&self.name, problem)
     }
@@ -32,6 +37,7 @@ impl Tensor {
         Ok(self)
     }
 
+    /// Itself, if it is of one of these types.
     pub fn expect_type(&self, dtypes: &[Dtype]) -> Result<&Self, CheckpointError> {
         if !dtypes.contains(&self.dtype) {
             let want: Vec<_> = dtypes.iter().map(|d| format!("{d:?}")).collect();
@@ -121,14 +127,17 @@ impl Tensors {
         Ok(tensors)
     }
 
+    /// The tensor, which must be there.
     pub fn get(&self, name: &str) -> Result<&Tensor, CheckpointError> {
         self.find(name).ok_or_else(|| CheckpointError::tensor(name, "is not in the file"))
     }
 
+    /// The tensor, if it is there.
     pub fn find(&self, name: &str) -> Option<&Tensor> {
         self.map.get(name)
     }
 
+    /// Every name, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.map.keys().map(String::as_str)
     }

@@ -275,3 +275,61 @@ fn an_index_does_not_lead_out_of_its_directory() {
         assert!(error.contains("is not a plain file name"), "{error}");
     }
 }
+
+fn packed_config(bits: usize, strategy: Value, symmetric: bool) -> Value {
+    let mut weights = json!({"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": false});
+    weights.as_object_mut().unwrap().extend(strategy.as_object().unwrap().clone());
+    let group = json!({"targets": ["Linear"], "weights": weights, "input_activations": null});
+    let quant = json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*gate$"],
+        "config_groups": {"group_0": group}});
+    with(qwen(), "quantization_config", quant)
+}
+
+fn packed_made(bits: usize, group: usize, zeros: Option<u32>) -> Made {
+    let pack = 32 / bits;
+    per_expert(move |m, name, rows, cols| {
+        let groups = cols.div_ceil(group);
+        m.words(&format!("{name}.weight_packed"), &[rows, cols / pack], 0x7654_3210);
+        m.ones(&format!("{name}.weight_scale"), &[rows, groups]);
+        let shape = [rows as i64, cols as i64].iter().flat_map(|v| v.to_le_bytes()).collect();
+        m.raw(&format!("{name}.weight_shape"), Dtype::I64, &[2], shape);
+        if let Some(word) = zeros {
+            m.words(&format!("{name}.weight_zero_point"), &[rows / pack, groups], word);
+        }
+    })
+}
+
+#[test]
+fn compressed_integers_per_channel_and_with_zero_points() {
+    let channel = json!({"strategy": "channel", "group_size": null});
+    let groups = json!({"strategy": "group", "group_size": 8});
+    let layer = packed_made(8, H, None).read(packed_config(8, channel.clone(), true)).unwrap();
+    assert_eq!(layer.weights.weight_key, Some(scheme::INT8_STATIC));
+    assert_eq!([0, 1].map(|c| layer.weights.experts[0].down.value(3, c)), [16.0 - 128.0, 50.0 - 128.0]);
+    // The zero point of row r lies in nibble or byte r of the word.
+    let layer = packed_made(4, 8, Some(0xfedc_ba98)).read(packed_config(4, groups.clone(), false)).unwrap();
+    assert_eq!(layer.weights.weight_key, Some(scheme::INT4_STATIC_ASYM));
+    assert_eq!(layer.weights.experts[1].up.value(10, 9), 1.0 - 10.0);
+    let layer = packed_made(8, H, Some(0x0403_0201)).read(packed_config(8, channel.clone(), false)).unwrap();
+    assert_eq!(layer.weights.experts[1].up.value(6, 1), 50.0 - 3.0);
+
+    refused(&packed_made(8, H, None), packed_config(8, channel.clone(), false), "weight_zero_point is not in the file");
+    refused(&packed_made(8, H, Some(0)), packed_config(8, channel.clone(), true), "says symmetric");
+    let mut m = packed_made(8, H, None);
+    let shape = [I as i64, H as i64 + 1].iter().flat_map(|v| v.to_le_bytes()).collect();
+    m.raw(&format!("{P}experts.1.up_proj.weight_shape"), Dtype::I64, &[2], shape);
+    refused(&m, packed_config(8, channel, true), "experts.1.up_proj.weight_shape is [16, 33], expected [16, 32]");
+    let mut spun = packed_config(4, groups, true);
+    spun["quantization_config"]["transform_config"] = json!({"config_groups": {}});
+    refused(&packed_made(4, 8, None), spun, "transform_config");
+}
+
+#[test]
+fn a_bare_infinity_in_the_config_is_no_obstacle() {
+    let dir = tempfile::tempdir().unwrap();
+    plain().write(&dir.path().join("model.safetensors"));
+    let text = with(qwen(), "time_step_limit", json!(["x"])).to_string().replace("\"x\"", "0.0, Infinity");
+    assert!(serde_json::from_str::<Value>(&text).is_err());
+    std::fs::write(dir.path().join("config.json"), text).unwrap();
+    Checkpoint::open(dir.path()).unwrap().layer(0).unwrap();
+}

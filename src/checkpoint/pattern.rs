@@ -44,6 +44,7 @@ impl Test {
 }
 
 impl Pattern {
+    /// An entry as the configs spell it.
     pub fn new(text: &str) -> Result<Self, CheckpointError> {
         match text.strip_prefix("re:") {
             // "mlp.gate." is how some spell that they mean the whole segment, which is meant anyway.
@@ -60,6 +61,7 @@ impl Pattern {
         Ok(Pattern::Regex(parsed.ok_or_else(unsupported)?))
     }
 
+    /// Whether it means this module, given by its full name.
     pub fn matches(&self, module: &str) -> bool {
         match self {
             Pattern::Name(name) => {

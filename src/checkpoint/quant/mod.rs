@@ -75,9 +75,13 @@ pub(super) enum ScaleShape {
 /// One way of quantising.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
+    /// Which tensors.
     pub kind: Kind,
+    /// The crate's scheme for it.
     pub scheme: Scheme,
+    /// What the weights are.
     pub weight_key: Option<QuantKey>,
+    /// What the activations are to be.
     pub activation_key: Option<QuantKey>,
     /// For [`MoeLayer::producer`](super::MoeLayer::producer).
     pub producer: String,
@@ -118,6 +122,7 @@ pub(super) fn in_config(config: &Value) -> Result<Option<&Value>, CheckpointErro
 }
 
 impl QuantConfig {
+    /// A `quantization_config`, by its `quant_method`.
     pub fn new(value: &Value, name: &str) -> Result<Self, CheckpointError> {
         let o = Object::new(value, name)?;
         match o.required("quant_method", o.str("quant_method")?)? {
@@ -163,6 +168,7 @@ impl QuantConfig {
 
 /// A linear layer.
 pub(super) struct Linear {
+    /// `[rows, cols]`
     pub matrix: WeightMatrix,
     /// As [`ExpertWeights::input_scale`](crate::weights::ExpertWeights::input_scale).
     pub input_scale: Option<f32>,
