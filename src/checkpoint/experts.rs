@@ -39,14 +39,18 @@ pub(super) fn find_layers(tensors: &Tensors) -> Result<BTreeMap<usize, String>, 
 
 /// What a layer is read from.
 pub(super) struct Reader<'a> {
+    /// What the config says.
     pub model: &'a Model,
+    /// What is quantised.
     pub quant: &'a QuantConfig,
+    /// The files.
     pub tensors: &'a Tensors,
-    /// Ends with a point.
+    /// What the layer's names begin with; ends with a point.
     pub base: &'a str,
 }
 
 impl<'a> Reader<'a> {
+    /// Everything about the layer.
     pub fn layer(&self, index: usize) -> Result<MoeLayer, CheckpointError> {
         let mut config = self.model.config;
         let (weights, producer) = self.experts()?;
@@ -271,6 +275,19 @@ impl<'a> Reader<'a> {
         };
         let f = self.model.family;
         let corrected = self.model.config.routing.method == crate::config::RoutingMethod::DeepSeekV3;
+        let prefix = format!("{base}{router}.");
+        let unknown = |name: &&str| match &name[prefix.len()..] {
+            "bias" => f != Family::GptOss,
+            "e_score_correction_bias" => !corrected,
+            "proj.weight" | "scale" | "per_expert_scale" => f != Family::Gemma4,
+            "weight" => f == Family::Gemma4,
+            _ => true,
+        };
+        // What is not read would be missing from the answer without a word.
+        if let Some(name) = self.tensors.under(&prefix).find(unknown) {
+            let problem = format!("is not part of the router that {} has by its config", self.model.model_type);
+            return Err(CheckpointError::tensor(name, problem));
+        }
         let scale = optional(f == Family::Gemma4, "scale", &[h])?;
         Ok(RouterWeights {
             weight: floats(&format!("{base}{weight}"), &[n, h])?,

@@ -29,7 +29,9 @@ pub(super) enum Family {
 /// What is the same for every layer of a model.
 #[derive(Clone, Debug)]
 pub(super) struct Model {
+    /// Names and layouts.
     pub family: Family,
+    /// As the config has it.
     pub model_type: String,
     /// Everything but biases, which the tensors tell.
     pub config: MoeConfig,
@@ -63,6 +65,7 @@ fn alias(o: Object, keys: &[&str], max: usize) -> Result<usize, CheckpointError>
 }
 
 impl Model {
+    /// Reads a `config.json`; everything but its quantisation.
     pub fn new(config: &Value) -> Result<Self, CheckpointError> {
         let root = Object::new(config, "config.json")?;
         let model_type = root.required("model_type", root.str("model_type")?)?;
@@ -124,7 +127,13 @@ impl Model {
         let shared = match family {
             Family::Qwen => shared_key("shared_expert_intermediate_size")?,
             Family::Llama4 => Some(alias(o, &["intermediate_size"], MAX_SIZE)?),
-            Family::DeepSeekV2 | Family::DeepSeekV3 => shared_key("n_shared_experts")?.map(|n| n * intermediate),
+            Family::DeepSeekV2 | Family::DeepSeekV3 => match shared_key("n_shared_experts")? {
+                Some(n) => match n.checked_mul(intermediate).filter(|&i| i <= MAX_SIZE) {
+                    Some(i) => Some(i),
+                    None => return Err(o.error("n_shared_experts", &format!("is {n}, beyond any model"))),
+                },
+                None => None,
+            },
             Family::NemotronH => match shared_key("n_shared_experts")? {
                 Some(_) => Some(alias(o, &["moe_shared_expert_intermediate_size"], MAX_SIZE)?),
                 None => None,
@@ -202,7 +211,8 @@ fn deepseek_routing(family: Family, model_type: &str, o: Object) -> Result<Routi
             normalize,
             scaling,
         }),
-        ("softmax", None | Some("greedy" | "group_limited_greedy")) => {
+        // Of the others, transformers' code applies a sigmoid whatever the config says: a softmax would be a guess.
+        ("softmax", None | Some("greedy" | "group_limited_greedy")) if family == Family::DeepSeekV2 => {
             let grouped = method == Some("group_limited_greedy") && groups.unwrap_or(1) != 1;
             if grouped {
                 return unsupported("topk_method \"group_limited_greedy\" over several groups".into());

@@ -2,7 +2,8 @@
 
 use super::{CheckpointError, json};
 use bytes::Bytes;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::tensor::TensorInfo;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Component, Path};
@@ -11,13 +12,18 @@ use std::path::{Component, Path};
 /// `shape` need.
 #[derive(Clone, Debug)]
 pub(super) struct Tensor {
+    /// Its name in the checkpoint.
     pub name: String,
+    /// What an element is.
     pub dtype: Dtype,
+    /// Row-major.
     pub shape: Vec<usize>,
+    /// Little endian.
     pub data: Bytes,
 }
 
 impl Tensor {
+    /// An error about this tensor.
     pub fn error(&self, problem: impl Into<String>) -> CheckpointError {
         CheckpointError::tensor(&self.name, problem)
     }
@@ -31,6 +37,7 @@ impl Tensor {
         Ok(self)
     }
 
+    /// Itself, if it is of one of these types.
     pub fn expect_type(&self, dtypes: &[Dtype]) -> Result<&Self, CheckpointError> {
         if !dtypes.contains(&self.dtype) {
             let want: Vec<_> = dtypes.iter().map(|d| format!("{d:?}")).collect();
@@ -120,14 +127,17 @@ impl Tensors {
         Ok(tensors)
     }
 
+    /// The tensor, which must be there.
     pub fn get(&self, name: &str) -> Result<&Tensor, CheckpointError> {
         self.find(name).ok_or_else(|| CheckpointError::tensor(name, "is not in the file"))
     }
 
+    /// The tensor, if it is there.
     pub fn find(&self, name: &str) -> Option<&Tensor> {
         self.map.get(name)
     }
 
+    /// Every name, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.map.keys().map(String::as_str)
     }
@@ -151,7 +161,18 @@ fn map_file(path: &Path) -> Result<BTreeMap<String, Tensor>, CheckpointError> {
     // mapped is the usual condition of every memory-mapped loader; the documentation of `Checkpoint` says so.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
     let bytes = Bytes::from_owner(map);
-    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| match (e, misfit(&bytes)) {
+        (SafeTensorError::TensorInvalidInfo | SafeTensorError::ValidationOverflow, Some(name)) => {
+            CheckpointError::tensor(&name, "has a shape that needs other bytes than its data_offsets give")
+        }
+        (SafeTensorError::MetadataIncompleteBuffer, _) => {
+            bad(format!("has {} bytes, which is not where its last tensor ends (cut short?)", bytes.len()))
+        }
+        (SafeTensorError::InvalidOffset(name), _) => {
+            CheckpointError::tensor(&name, "has data_offsets outside of the file or of their order")
+        }
+        (e, _) => bad(e.to_string()),
+    })?;
     let base = header.checked_add(8).filter(|&b| b <= bytes.len()).ok_or_else(|| bad("header too long".into()))?;
     let data = bytes.slice(base..);
     let mut tensors = BTreeMap::new();
@@ -168,4 +189,18 @@ fn map_file(path: &Path) -> Result<BTreeMap<String, Tensor>, CheckpointError> {
         tensors.insert(name, tensor);
     }
     Ok(tensors)
+}
+
+/// The first tensor whose shape and offsets disagree, of a header that the safetensors crate has refused without a name.
+fn misfit(file: &[u8]) -> Option<String> {
+    let length = u64::from_le_bytes(file.get(..8)?.try_into().ok()?);
+    let end = usize::try_from(length).ok()?.checked_add(8)?;
+    let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(file.get(8..end)?).ok()?;
+    let fits = |info: &TensorInfo| {
+        let elements = info.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+        let bytes = info.data_offsets.1.checked_sub(info.data_offsets.0)?;
+        Some(elements.checked_mul(info.dtype.bitsize())? == bytes.checked_mul(8)?)
+    };
+    let infos = header.into_iter().filter_map(|(k, v)| Some((k, serde_json::from_value::<TensorInfo>(v).ok()?)));
+    infos.into_iter().find(|(_, info)| fits(info) != Some(true)).map(|(name, _)| name)
 }

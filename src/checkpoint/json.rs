@@ -53,6 +53,7 @@ pub(super) struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
+    /// The value, which must be an object.
     pub fn new(value: &'a Value, name: &'a str) -> Result<Self, CheckpointError> {
         match value {
             Value::Object(map) => Ok(Self { map, name }),
@@ -60,6 +61,7 @@ impl<'a> Object<'a> {
         }
     }
 
+    /// Any value but null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
@@ -69,6 +71,7 @@ impl<'a> Object<'a> {
         self.map.iter()
     }
 
+    /// An error about one key.
     pub fn error(&self, key: &str, problem: &str) -> CheckpointError {
         CheckpointError::Config(format!("{}: {key} {problem}", self.name))
     }
@@ -94,10 +97,12 @@ impl<'a> Object<'a> {
         }
     }
 
+    /// A string.
     pub fn str(&self, key: &str) -> Result<Option<&'a str>, CheckpointError> {
         self.typed(key, "a string", Value::as_str)
     }
 
+    /// A truth value.
     pub fn bool(&self, key: &str) -> Result<Option<bool>, CheckpointError> {
         self.typed(key, "true or false", Value::as_bool)
     }
@@ -108,15 +113,18 @@ impl<'a> Object<'a> {
         self.typed(key, &format!("a whole number from 0 to {max}"), read)
     }
 
+    /// A whole number, possibly negative.
     pub fn int(&self, key: &str) -> Result<Option<i64>, CheckpointError> {
         self.typed(key, "a whole number", Value::as_i64)
     }
 
+    /// A number that is finite in float32.
     pub fn float(&self, key: &str) -> Result<Option<f32>, CheckpointError> {
         let read = |v: &Value| v.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
         self.typed(key, "a finite number", read)
     }
 
+    /// An object within.
     pub fn object(&self, key: &'a str) -> Result<Option<Object<'a>>, CheckpointError> {
         self.typed(key, "an object", |v| Object::new(v, key).ok())
     }

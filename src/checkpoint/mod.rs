@@ -1,14 +1,16 @@
 //! Reading Hugging Face checkpoints: one Mixture-of-Experts layer as [`MoeWeights`] with its router and shared expert.
 //!
 //! Where the formats come from: tensor names, config keys and their defaults are those of the model families in
-//! transformers ([`family`]); quantised tensors are those of DeepSeek's and transformers' fp8 ([`quant`]), of
+//! transformers (`family`); quantised tensors are those of DeepSeek's and transformers' fp8 (`quant`), of
 //! compressed-tensors, NVIDIA ModelOpt, GPTQ (AutoGPTQ, GPTQModel), AutoAWQ and OpenAI's gpt-oss. The files are
-//! safetensors ([`file`]). Nothing is guessed: a scale that the format needs and the file lacks is an error.
+//! safetensors (`file`). Nothing is guessed: a scale that the format needs and the file lacks is an error.
 
 mod experts;
 mod family;
 mod file;
 mod json;
+#[cfg(test)]
+mod made;
 mod pattern;
 mod quant;
 #[cfg(test)]

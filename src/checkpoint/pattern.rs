@@ -44,9 +44,11 @@ impl Test {
 }
 
 impl Pattern {
+    /// An entry as the configs spell it.
     pub fn new(text: &str) -> Result<Self, CheckpointError> {
         match text.strip_prefix("re:") {
-            None => Ok(Pattern::Name(text.chars().map(glob_item).collect())),
+            // "mlp.gate." is how some spell that they mean the whole segment, which is meant anyway.
+            None => Ok(Pattern::Name(text.trim_matches('.').chars().map(glob_item).collect())),
             Some(regex) => Self::regex(regex),
         }
     }
@@ -59,6 +61,7 @@ impl Pattern {
         Ok(Pattern::Regex(parsed.ok_or_else(unsupported)?))
     }
 
+    /// Whether it means this module, given by its full name.
     pub fn matches(&self, module: &str) -> bool {
         match self {
             Pattern::Name(name) => {
@@ -207,6 +210,7 @@ mod tests {
             ("experts", true),
             ("up", false),
             ("gate", false),
+            ("mlp.experts.", true),
             ("model.layers.*.mlp", true),
             ("model.layers.*.self_attn", false),
             ("*experts*", true),

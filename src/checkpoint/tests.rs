@@ -262,6 +262,14 @@ proptest! {
     }
 
     #[test]
+    fn a_damaged_index_never_panics(hits in prop::collection::vec((any::<usize>(), any::<u8>()), 1..4)) {
+        if let Some(dir) = copy("02_qwen3_moe_bf16_sharded") {
+            damage(&dir.path().join("model.safetensors.index.json"), usize::MAX, &hits, None);
+            survive(dir.path());
+        }
+    }
+
+    #[test]
     fn a_damaged_header_never_panics(
         case in 0..SMALL.len(),
         hits in prop::collection::vec((any::<usize>(), any::<u8>()), 0..3),

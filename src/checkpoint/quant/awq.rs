@@ -36,7 +36,7 @@ pub(super) fn config(o: Object) -> Result<QuantConfig, CheckpointError> {
 pub(super) fn read(site: &Site, group: Option<usize>) -> Result<Linear, CheckpointError> {
     let (rows, cols) = (site.rows, site.cols);
     let (groups, size) = site.groups("qweight", group)?;
-    if rows % 8 != 0 {
+    if !rows.is_multiple_of(8) {
         return Err(site.error("qweight", format!("has {rows} output channels, which are not whole words of 8")));
     }
     let words = rows / 8;

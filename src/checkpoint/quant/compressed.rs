@@ -231,7 +231,7 @@ pub(super) fn read(site: &Site, p: &Packed) -> Result<Linear, CheckpointError> {
         packed.data.clone()
     } else {
         // Rows are filled up to whole words; canonical ones are not.
-        if (cols * bits as usize) % 8 != 0 {
+        if !(cols * bits as usize).is_multiple_of(8) {
             return Err(packed.error(format!("has rows of {cols} codes, which are not whole bytes")));
         }
         let row = cols * bits as usize / 8;

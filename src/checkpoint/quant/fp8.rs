@@ -96,6 +96,10 @@ pub(super) fn read(
             Scales::Block { block, values: tensor.expect(&FLOATS, &shape)?.floats()? }
         }
     };
+    // Symmetric weights have no zero points; older writers store zeros.
+    if let Some(zeros) = site.find("weight_zero_point").filter(|t| t.data.iter().any(|&b| b != 0)) {
+        return Err(zeros.error("is not zero, but the config says symmetric"));
+    }
     let input_scale = if static_input { Some(site.get("input_scale")?.positive()?) } else { None };
     Ok(Linear { matrix: site.matrix(elem, weight.data.clone(), scales), input_scale })
 }

@@ -56,7 +56,7 @@ pub(super) fn read(site: &Site, g: &Gptq) -> Result<Linear, CheckpointError> {
     let (rows, cols, bits) = (site.rows, site.cols, g.bits);
     let pack = 32 / bits as usize;
     let (groups, size) = site.groups("qweight", g.group)?;
-    if cols % pack != 0 || rows % pack != 0 {
+    if !cols.is_multiple_of(pack) || !rows.is_multiple_of(pack) {
         return Err(site.error("qweight", format!("is {rows} x {cols}, which is not whole words of {pack}")));
     }
     let qweight = site.get("qweight")?.expect(&[Dtype::I32], &[cols / pack, rows])?;

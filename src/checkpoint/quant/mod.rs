@@ -75,9 +75,13 @@ pub(super) enum ScaleShape {
 /// One way of quantising.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
+    /// Which tensors.
     pub kind: Kind,
+    /// The crate's scheme for it.
     pub scheme: Scheme,
+    /// What the weights are.
     pub weight_key: Option<QuantKey>,
+    /// What the activations are to be.
     pub activation_key: Option<QuantKey>,
     /// For [`MoeLayer::producer`](super::MoeLayer::producer).
     pub producer: String,
@@ -118,6 +122,7 @@ pub(super) fn in_config(config: &Value) -> Result<Option<&Value>, CheckpointErro
 }
 
 impl QuantConfig {
+    /// A `quantization_config`, by its `quant_method`.
     pub fn new(value: &Value, name: &str) -> Result<Self, CheckpointError> {
         let o = Object::new(value, name)?;
         match o.required("quant_method", o.str("quant_method")?)? {
@@ -163,6 +168,7 @@ impl QuantConfig {
 
 /// A linear layer.
 pub(super) struct Linear {
+    /// `[rows, cols]`
     pub matrix: WeightMatrix,
     /// As [`ExpertWeights::input_scale`](crate::weights::ExpertWeights::input_scale).
     pub input_scale: Option<f32>,
@@ -190,6 +196,11 @@ pub(super) fn read_linear(
     match &format.kind {
         Kind::Plain => {
             let weight = site.get("weight")?.expect(&[Dtype::BF16, Dtype::F16], &[rows, cols])?;
+            // A scale beside 16-bit weights means that config and file disagree on what is quantised.
+            let prefix = format!("{module}.");
+            if let Some(other) = tensors.under(&prefix).find(|n| !matches!(&n[prefix.len()..], "weight" | "bias")) {
+                return Err(CheckpointError::tensor(other, "is there, but the config has the module not quantised"));
+            }
             Ok(WeightMatrix { rows, cols, elem: half_elem(weight), codes: weight.data.clone(), scales: Scales::None }
                 .into())
         }
@@ -238,7 +249,7 @@ impl<'a> Site<'a> {
     /// How many groups of `size` (`None`: the whole row) a row has, with that size.
     fn groups(&self, last: &str, size: Option<usize>) -> Result<(usize, usize), CheckpointError> {
         let size = size.unwrap_or(self.cols);
-        if size == 0 || self.cols % size != 0 {
+        if size == 0 || !self.cols.is_multiple_of(size) {
             let problem = format!("has rows of {}, which the config's group size {size} does not divide", self.cols);
             return Err(self.error(last, problem));
         }

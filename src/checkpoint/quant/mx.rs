@@ -60,7 +60,7 @@ pub(in super::super) fn gpt_oss<'a>(
     cols: usize,
 ) -> Result<GptOss<'a>, CheckpointError> {
     let blocks = tensors.get(&format!("{name}_blocks"))?;
-    if cols % 32 != 0 {
+    if !cols.is_multiple_of(32) {
         return Err(blocks.error(format!("has rows of {cols}, which are not whole blocks of 32")));
     }
     blocks.expect(&[Dtype::U8], &[experts, rows, cols / 32, 16])?;
