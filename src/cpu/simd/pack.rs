@@ -75,9 +75,8 @@ fn put_scale(m: &WeightMatrix, shape: &Shape, row: usize, g: usize, lane: usize,
     let groups = m.cols.div_ceil(shape.group);
     match (&m.scales, shape.scale) {
         (Scales::Block { block, values }, GroupScale::Shared) => {
-            if lane == 0 {
-                out[..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
-            }
+            // Every lane writes the same: a panel does not cross blocks.
+            out[..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
         }
         (Scales::Block { block, values }, _) => {
             out[4 * lane..][..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
