@@ -18,7 +18,7 @@ pub(super) enum Code {
     Bf16,
     /// By column.
     F16,
-    /// By column; the factor carries 256.
+    /// As the low nibbles of 4-bit codes, in bytes.
     E4m3,
     /// By column, two's complement: int8, and u8 around 128.
     Int8,
@@ -149,63 +149,66 @@ impl Shape {
     }
 }
 
-/// Decoding of one kind of code.
+/// Decoding of one kind of code. A step is decoded in one or two parts, so that few values wait in registers.
 pub(super) trait Format {
+    /// Columns of a part.
+    const COLS: usize;
+    /// Parts of a step.
+    const PARTS: usize;
     /// Columns of a step.
-    const STEP: usize;
+    const STEP: usize = Self::COLS * Self::PARTS;
     /// Zero points are subtracted after decoding.
     const ZERO: bool;
 
-    /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
+    /// Writes the values of `LANES` rows from `row` on to the first `COLS` vectors of `w`.
     ///
     /// # Safety
     ///
-    /// As for [`Isa`]; `p` is a step of 128 bytes, `row + LANES <= 32`.
-    unsafe fn decode<I: Isa>(p: *const u8, row: usize, lut: I::Lut, w: &mut [I::V; 8]);
+    /// As for [`Isa`]; `p` is a step of 128 bytes, `row + LANES <= 32`, `part < PARTS`.
+    unsafe fn decode<I: Isa>(p: *const u8, row: usize, part: usize, lut: I::Lut, w: &mut [I::V; 4]);
 }
 
 macro_rules! format {
-    ($(#[$doc:meta])* $name:ident, $step:literal, $zero:literal, |$p:ident, $row:ident, $lut:ident, $w:ident| $body:block) => {
+    ($(#[$doc:meta])* $name:ident, $cols:literal x $parts:literal, $zero:literal, |$p:ident, $row:ident, $part:ident, $lut:ident, $w:ident| $body:block) => {
         $(#[$doc])*
         pub(super) struct $name;
 
         impl Format for $name {
-            const STEP: usize = $step;
+            const COLS: usize = $cols;
+            const PARTS: usize = $parts;
             const ZERO: bool = $zero;
 
             #[inline(always)]
             #[allow(unsafe_op_in_unsafe_fn, unused_variables)]
-            unsafe fn decode<I: Isa>($p: *const u8, $row: usize, $lut: I::Lut, $w: &mut [I::V; 8]) $body
+            unsafe fn decode<I: Isa>($p: *const u8, $row: usize, $part: usize, $lut: I::Lut, $w: &mut [I::V; 4]) $body
         }
     };
 }
 
 format!(/// [`Code::Bf16`]
-    Bf16, 2, false, |p, row, lut, w| { (w[0], w[1]) = I::bf16x2(p.add(4 * row)); });
+    Bf16, 2 x 1, false, |p, row, part, lut, w| { (w[0], w[1]) = I::bf16x2(p.add(4 * row)); });
 format!(/// [`Code::F16`]
-F16, 2, false, |p, row, lut, w| {
+F16, 2 x 1, false, |p, row, part, lut, w| {
     w[0] = I::f16(p.add(2 * row));
     w[1] = I::f16(p.add(64 + 2 * row));
 });
 format!(/// [`Code::E4m3`]
-E4m3, 4, false, |p, row, lut, w| {
-    for (k, w) in w[..4].iter_mut().enumerate() {
-        *w = I::e4m3(p.add(32 * k + row));
-    }
-});
+    E4m3, 4 x 1, false, |p, row, part, lut, w| { *w = I::e4m3x4(p.add(4 * row)); });
 format!(/// [`Code::Int8`]
-Int8, 4, false, |p, row, lut, w| {
-    for (k, w) in w[..4].iter_mut().enumerate() {
+Int8, 4 x 1, false, |p, row, part, lut, w| {
+    for (k, w) in w.iter_mut().enumerate() {
         *w = I::i8(p.add(32 * k + row));
     }
 });
 format!(/// [`Code::U8Zero`]
-U8Zero, 4, true, |p, row, lut, w| {
-    for (k, w) in w[..4].iter_mut().enumerate() {
+U8Zero, 4 x 1, true, |p, row, part, lut, w| {
+    for (k, w) in w.iter_mut().enumerate() {
         *w = I::u8(p.add(32 * k + row));
     }
 });
 format!(/// [`Code::Nibble`]
-    Nibble, 8, false, |p, row, lut, w| { *w = I::nibbles(p.add(4 * row), lut); });
+Nibble, 4 x 2, false, |p, row, part, lut, w| {
+    *w = if part == 0 { I::nibbles::<false>(p.add(4 * row), lut) } else { I::nibbles::<true>(p.add(4 * row), lut) };
+});
 format!(/// [`Code::NibbleZero`]
-    NibbleZero, 8, true, |p, row, lut, w| { *w = I::nibbles(p.add(4 * row), lut); });
+    NibbleZero, 4 x 2, true, |p, row, part, lut, w| { Nibble::decode::<I>(p, row, part, lut, w) });

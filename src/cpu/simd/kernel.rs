@@ -132,29 +132,52 @@ unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
     x: &[*const f32; M],
     sum: &mut [[I::V; V]; M],
 ) {
-    let mut w = [[zeros[0]; 8]; V];
-    for v in 0..V {
-        F::decode::<I>(p, row + v * I::LANES, lut, &mut w[v]);
-        for k in 0..F::STEP {
-            if F::ZERO {
-                w[v][k] = I::sub(w[v][k], zeros[v]);
-            }
-            // A single token uses each value once, right here, before it could leave its register.
-            if M == 1 {
-                sum[0][v] = I::fma(w[v][k], I::splat(x[0].add(k).read()), sum[0][v]);
+    // Long steps are summed on their own and then added, which leaves one addition per step in the chain of
+    // dependent operations. Each output sees the same operations in the same order whatever M and V are.
+    let local = F::STEP > 2;
+    let mut s = *sum;
+    for part in 0..F::PARTS {
+        let mut w = [[zeros[0]; 4]; V];
+        for v in 0..V {
+            F::decode::<I>(p, row + v * I::LANES, part, lut, &mut w[v]);
+            for k in 0..F::COLS {
+                if F::ZERO {
+                    w[v][k] = I::sub(w[v][k], zeros[v]);
+                }
+                // A single token uses each value once, right here, before it could leave its register.
+                if M == 1 {
+                    let x = I::splat(x[0].add(part * F::COLS + k).read());
+                    s[0][v] = term::<I>(local && part + k == 0, w[v][k], x, s[0][v]);
+                }
             }
         }
-    }
-    if M > 1 {
-        for k in 0..F::STEP {
-            for m in 0..M {
-                let x = I::splat(x[m].add(k).read());
-                for v in 0..V {
-                    sum[m][v] = I::fma(w[v][k], x, sum[m][v]);
+        if M > 1 {
+            for k in 0..F::COLS {
+                for m in 0..M {
+                    let x = I::splat(x[m].add(part * F::COLS + k).read());
+                    for v in 0..V {
+                        s[m][v] = term::<I>(local && part + k == 0, w[v][k], x, s[m][v]);
+                    }
                 }
             }
         }
     }
+    for m in 0..M {
+        for v in 0..V {
+            sum[m][v] = if local { I::add(sum[m][v], s[m][v]) } else { s[m][v] };
+        }
+    }
+}
+
+/// w * x, added to s unless it is the first of a sum.
+///
+/// # Safety
+///
+/// As for [`Isa`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn term<I: Isa>(first: bool, w: I::V, x: I::V, s: I::V) -> I::V {
+    if first { I::mul(w, x) } else { I::fma(w, x, s) }
 }
 
 /// # Safety

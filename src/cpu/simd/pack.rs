@@ -66,9 +66,8 @@ fn factor(m: &WeightMatrix, shape: &Shape, row: usize) -> f32 {
         Scales::Group { values, .. } if shape.scale == GroupScale::None => values[row],
         _ => 1.0,
     };
-    let codes = if shape.code == Code::E4m3 { 256.0 } else { 1.0 };
     let scales = if shape.scale == GroupScale::E4m3 { 256.0 } else { 1.0 };
-    base * codes * scales
+    base * scales
 }
 
 /// Writes the scale of `row` (`lane` of the panel) in group `g` to the group's scales.
@@ -76,9 +75,8 @@ fn put_scale(m: &WeightMatrix, shape: &Shape, row: usize, g: usize, lane: usize,
     let groups = m.cols.div_ceil(shape.group);
     match (&m.scales, shape.scale) {
         (Scales::Block { block, values }, GroupScale::Shared) => {
-            if lane == 0 {
-                out[..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
-            }
+            // Every lane writes the same: a panel does not cross blocks.
+            out[..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
         }
         (Scales::Block { block, values }, _) => {
             out[4 * lane..][..4].copy_from_slice(&values[row / block * groups + g].to_le_bytes());
@@ -159,10 +157,12 @@ fn codes(m: &WeightMatrix, first: usize, rows: usize, columns: &[usize], out: &m
             }
             WeightElem::Quant(Elem::E2m1 | Elem::U4) => {
                 for (k, c) in columns.iter().enumerate() {
-                    // The kernel's unpacking takes columns 0, 1 (and 4, 5 in the high nibbles) from the low 8 bytes
-                    // of 16 and the others from the high 8, four rows each.
-                    let byte = lane / 4 * 16 + (k & 2) * 4 + lane % 4 * 2 + (k & 1);
-                    out[byte] |= number::nibble(&m.codes, row + c) << (k & 4);
+                    out[pair_byte(lane, k)] |= number::nibble(&m.codes, row + c) << (k & 4);
+                }
+            }
+            WeightElem::Quant(Elem::E4m3) => {
+                for (k, c) in columns.iter().enumerate() {
+                    out[pair_byte(lane, k)] = m.codes[row + c];
                 }
             }
             WeightElem::Quant(e) => {
@@ -178,4 +178,10 @@ fn codes(m: &WeightMatrix, first: usize, rows: usize, columns: &[usize], out: &m
             }
         }
     }
+}
+
+/// Where column `k` of a step lies: the kernel's unpacking takes columns 0 and 1 (and 4 and 5, in the high nibbles) from
+/// the low 8 bytes of 16 and the others from the high 8, four rows each.
+fn pair_byte(lane: usize, k: usize) -> usize {
+    lane / 4 * 16 + (k & 2) * 4 + lane % 4 * 2 + (k & 1)
 }

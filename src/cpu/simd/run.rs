@@ -1,4 +1,6 @@
 //! A call of the packed experts: tasks over (segment, panel), first gate, up and activation, then down.
+//!
+//! That tasks do not race rests on what [`Executor::run`] promises: each index once, all done when it returns.
 
 use super::format::PANEL;
 use super::kernel::{CHUNK, Job};
@@ -210,8 +212,6 @@ impl Experts for SimdExperts {
         });
         let panels = self.down.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
-            // By value, so that the closure holds the wrapper and not the bare pointer.
-            let output = output;
             self.second(&call, &call.segments[i / panels], i % panels, &parts, output);
         });
     }

@@ -2,7 +2,7 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::Isa;
+use super::{E4M3_BYTES, Isa};
 use std::arch::x86_64::*;
 
 /// 512-bit vectors.
@@ -85,18 +85,26 @@ impl Isa for Avx512 {
         )
     }
     #[inline(always)]
-    unsafe fn nibbles(p: *const u8, (lo, hi): (__m512i, __m512i)) -> [__m512; 8] {
+    unsafe fn nibbles<const HIGH: bool>(p: *const u8, (lo, hi): (__m512i, __m512i)) -> [__m512; 4] {
         let bytes = _mm512_loadu_si512(p.cast());
-        let mask = _mm512_set1_epi8(0xf);
-        let a = _mm512_and_si512(bytes, mask);
-        let b = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
-        let (al, ah) = (_mm512_shuffle_epi8(lo, a), _mm512_shuffle_epi8(hi, a));
-        let (bl, bh) = (_mm512_shuffle_epi8(lo, b), _mm512_shuffle_epi8(hi, b));
-        let (k0, k1) = halves(_mm512_unpacklo_epi8(al, ah));
-        let (k2, k3) = halves(_mm512_unpackhi_epi8(al, ah));
-        let (k4, k5) = halves(_mm512_unpacklo_epi8(bl, bh));
-        let (k6, k7) = halves(_mm512_unpackhi_epi8(bl, bh));
-        [k0, k1, k2, k3, k4, k5, k6, k7]
+        let bytes = if HIGH { _mm512_srli_epi16(bytes, 4) } else { bytes };
+        let index = _mm512_and_si512(bytes, _mm512_set1_epi8(0xf));
+        pairs(_mm512_shuffle_epi8(lo, index), _mm512_shuffle_epi8(hi, index))
+    }
+    #[inline(always)]
+    unsafe fn e4m3x4(p: *const u8) -> [__m512; 4] {
+        let table = |t: &[u8; 16]| _mm512_broadcast_i32x4(_mm_loadu_si128(t.as_ptr().cast()));
+        let b = _mm512_loadu_si512(p.cast());
+        let top = _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(0xf));
+        // From 0x80 on, that is for codes from 16 on, a look-up by this gives 0.
+        let small = _mm512_add_epi8(_mm512_and_si512(b, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(0x70));
+        let hi = _mm512_or_si512(
+            _mm512_shuffle_epi8(table(&E4M3_BYTES.high), top),
+            _mm512_shuffle_epi8(table(&E4M3_BYTES.small_high), small),
+        );
+        let lo = _mm512_and_si512(_mm512_slli_epi16(b, 4), _mm512_set1_epi8(0xf0_u8 as i8));
+        let lo = _mm512_xor_si512(lo, _mm512_shuffle_epi8(table(&E4M3_BYTES.small_low), small));
+        pairs(lo, hi)
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
@@ -109,4 +117,12 @@ impl Isa for Avx512 {
 unsafe fn halves(v: __m512i) -> (__m512, __m512) {
     let high = _mm512_and_si512(v, _mm512_set1_epi32(0xffff_0000_u32 as i32));
     (_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_castsi512_ps(high))
+}
+
+/// Low and high bytes of bf16 values, 4 rows by 4 columns in every 16, to float32 by column.
+#[inline(always)]
+unsafe fn pairs(lo: __m512i, hi: __m512i) -> [__m512; 4] {
+    let (k0, k1) = halves(_mm512_unpacklo_epi8(lo, hi));
+    let (k2, k3) = halves(_mm512_unpackhi_epi8(lo, hi));
+    [k0, k1, k2, k3]
 }

@@ -21,6 +21,12 @@ unsafe fn u16_at(p: *const u8, i: usize) -> u16 {
     u16::from_le_bytes(p.add(2 * i).cast::<[u8; 2]>().read())
 }
 
+/// Where column `k` of row `i` lies, 4 columns being a step (or half of one).
+#[inline(always)]
+fn pair_byte(i: usize, k: usize) -> usize {
+    i / 4 * 16 + (k & 2) * 4 + i % 4 * 2 + (k & 1)
+}
+
 impl Isa for Portable {
     const LANES: usize = N;
     type V = [f32; N];
@@ -91,13 +97,17 @@ impl Isa for Portable {
         std::array::from_fn(|i| f32::from_bits(u32::from(t[i]) << 16))
     }
     #[inline(always)]
-    unsafe fn nibbles(p: *const u8, lut: [f32; 16]) -> [[f32; N]; 8] {
+    unsafe fn nibbles<const HIGH: bool>(p: *const u8, lut: [f32; 16]) -> [[f32; N]; 4] {
         std::array::from_fn(|k| {
             each(|i| {
-                let byte = p.add(i / 4 * 16 + (k & 2) * 4 + i % 4 * 2 + (k & 1)).read();
-                lut[usize::from(if k < 4 { byte & 0xf } else { byte >> 4 })]
+                let byte = p.add(pair_byte(i, k)).read();
+                lut[usize::from(if HIGH { byte >> 4 } else { byte & 0xf })]
             })
         })
+    }
+    #[inline(always)]
+    unsafe fn e4m3x4(p: *const u8) -> [[f32; N]; 4] {
+        std::array::from_fn(|k| each(|i| E4M3[p.add(pair_byte(i, k)).read() as usize]))
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
