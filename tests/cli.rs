@@ -1,4 +1,5 @@
 //! The command line as a user meets it: exit statuses, sentences, JSON.
+#![cfg(feature = "cli")]
 
 use serde_json::Value;
 use std::collections::BTreeSet;

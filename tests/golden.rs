@@ -1,4 +1,5 @@
 //! `select --jsonl` over the decisions of another engine's selection code: what that engine serves on a CPU, we serve.
+#![cfg(feature = "cli")]
 
 use serde_json::Value;
 use std::path::PathBuf;
