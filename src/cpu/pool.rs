@@ -8,7 +8,12 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
 /// Runs indexed tasks. Engines with their own pool implement this.
-pub trait Executor: Send + Sync {
+///
+/// # Safety
+/// [`run`](Executor::run) must call `task` exactly once for every index below `tasks`, must not return (nor unwind)
+/// while a call is under way, and must make the calls' writes visible to the caller: kernels hand out disjoint parts
+/// of a buffer by index.
+pub unsafe trait Executor: Send + Sync {
     /// Threads that take part in [`run`](Self::run), the caller included.
     fn threads(&self) -> usize;
 
@@ -21,7 +26,8 @@ pub trait Executor: Send + Sync {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SingleThread;
 
-impl Executor for SingleThread {
+// SAFETY: a plain loop.
+unsafe impl Executor for SingleThread {
     fn threads(&self) -> usize {
         1
     }
@@ -142,7 +148,8 @@ fn take_tasks(shared: &Shared, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     }
 }
 
-impl Executor for ThreadPool {
+// SAFETY: indices come from one counter, and `run` waits until no worker is busy, also when a task panics.
+unsafe impl Executor for ThreadPool {
     fn threads(&self) -> usize {
         self.workers.len() + 1
     }

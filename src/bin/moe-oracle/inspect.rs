@@ -1,6 +1,6 @@
 //! `inspect`: what the MoE layers of a checkpoint are, and which backend would serve them where.
 
-use crate::{Failure, outln};
+use crate::failure::{AnyError as Failure, outln};
 use moe_oracle::checkpoint::{Checkpoint, MoeLayer};
 use moe_oracle::layer::{LayerOptions, choose};
 use moe_oracle::oracle::SelectInputs;

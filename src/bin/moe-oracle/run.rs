@@ -1,7 +1,7 @@
 //! `run`: one layer of a checkpoint over the hidden states of a file.
 
 use crate::tensors::{self, Input};
-use crate::{Failure, outln};
+use crate::failure::{AnyError as Failure, outln};
 use moe_oracle::checkpoint::Checkpoint;
 use moe_oracle::cpu::ThreadPool;
 use moe_oracle::layer::{Layer, LayerOptions};

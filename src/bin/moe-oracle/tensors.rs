@@ -1,6 +1,6 @@
 //! The tensors that `run` takes and gives.
 
-use crate::Failure;
+use crate::failure::AnyError as Failure;
 use half::{bf16, f16};
 use moe_oracle::layer::LayerOutput;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};

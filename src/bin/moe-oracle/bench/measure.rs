@@ -1,0 +1,117 @@
+//! Timing of forward calls, every call with routing of its own.
+
+use super::rng::Rng;
+use crate::failure::{Failure, Outcome};
+use half::bf16;
+use moe_oracle::config::MoeConfig;
+use moe_oracle::cpu::{Experts, ThreadPool};
+use moe_oracle::kernel::{MoeKernel, Rows, RowsMut, Standard};
+use moe_oracle::oracle::{Bf16, KernelWeights, MoeKernelOracle, QuantConfig};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+/// A layer ready to be timed.
+pub struct Layer {
+    kernel: MoeKernel<Standard, Box<dyn Experts>>,
+}
+
+/// What came out for one number of tokens.
+pub struct Timed {
+    /// Tokens per call.
+    pub tokens: usize,
+    /// Threads that took part.
+    pub threads: usize,
+    /// Median time of a call.
+    pub us: f64,
+    /// Mean number of different experts that a call used.
+    pub distinct_experts: f64,
+}
+
+/// Calls before the clock counts: caches, page tables and the processor's frequency settle.
+const WARMUP: usize = 2;
+/// The fewest calls that a median is taken of.
+const CALLS: usize = 7;
+/// How long to go on beyond them.
+const LONG_ENOUGH: Duration = Duration::from_millis(500);
+
+impl Layer {
+    /// Joins packed weights with the standard activation format.
+    pub fn new(weights: KernelWeights, quant: Option<QuantConfig>, config: &MoeConfig) -> Outcome<Self> {
+        // How parts are joined does not depend on the oracle's keys, so that any oracle does it.
+        let kernel = Bf16::make_kernel::<Standard>(weights, quant, config, None).map_err(Failure::said)?;
+        Ok(Self { kernel })
+    }
+
+    /// The median time of a call with this many tokens.
+    pub fn time(&self, tokens: usize, pool: &ThreadPool) -> Outcome<Timed> {
+        let c = self.kernel.config();
+        let mut rng = Rng::new(tokens as u64);
+        let hidden: Vec<bf16> = (0..tokens * c.hidden).map(|_| bf16::from_f32(rng.signed())).collect();
+        let mut output = vec![bf16::ZERO; tokens * c.hidden];
+        let mut workspace = vec![0u8; self.kernel.workspace_bytes(tokens)];
+        let mut routing = Routing::new(c.experts, c.topk, tokens);
+        let weights = vec![1.0 / c.topk as f32; tokens * c.topk];
+
+        let (mut times, mut distinct) = (Vec::new(), 0);
+        let mut started = Instant::now();
+        for call in 0.. {
+            if call == WARMUP {
+                started = Instant::now();
+            }
+            if times.len() >= CALLS && started.elapsed() >= LONG_ENOUGH {
+                break;
+            }
+            let hit = routing.draw(&mut rng);
+            let start = Instant::now();
+            self.kernel
+                .forward(Rows::Bf16(&hidden), &routing.ids, &weights, RowsMut::Bf16(&mut output), &mut workspace, pool)
+                .map_err(Failure::said)?;
+            let time = start.elapsed();
+            black_box(&output);
+            if call >= WARMUP {
+                times.push(time);
+                distinct += hit;
+            }
+        }
+        // A kernel that computes nonsense is fast for nothing.
+        if output.iter().any(|x| !x.is_finite()) {
+            return Err(Failure::said("the measured layer's output is not finite"));
+        }
+        times.sort_unstable();
+        let us = times[times.len() / 2].as_secs_f64() * 1e6;
+        let distinct_experts = distinct as f64 / times.len() as f64;
+        Ok(Timed { tokens, threads: moe_oracle::cpu::Executor::threads(pool), us, distinct_experts })
+    }
+}
+
+/// Uniformly random experts, `topk` different ones per token.
+struct Routing {
+    /// `[tokens, topk]`
+    ids: Vec<i32>,
+    topk: usize,
+    /// All experts, in the order that the shuffles so far have left.
+    order: Vec<i32>,
+    used: Vec<bool>,
+}
+
+impl Routing {
+    fn new(experts: usize, topk: usize, tokens: usize) -> Self {
+        let order = (0..experts as i32).collect();
+        Self { ids: vec![0; tokens * topk], topk, order, used: vec![false; experts] }
+    }
+
+    /// Fresh experts for every token; returns how many different ones there are.
+    fn draw(&mut self, rng: &mut Rng) -> usize {
+        self.used.fill(false);
+        for token in self.ids.chunks_exact_mut(self.topk) {
+            // The first steps of a Fisher-Yates shuffle; any order is as good a start as another.
+            for (i, id) in token.iter_mut().enumerate() {
+                let other = i + rng.below(self.order.len() - i);
+                self.order.swap(i, other);
+                *id = self.order[i];
+                self.used[*id as usize] = true;
+            }
+        }
+        self.used.iter().filter(|u| **u).count()
+    }
+}

@@ -1,0 +1,196 @@
+//! What the machine can do at best, measured: reading memory and multiplying float32.
+
+use crate::failure::{Failure, Outcome};
+use crate::machine;
+use moe_oracle::platform::CpuIsa;
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+/// The two limits with a number of threads.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Limits {
+    /// Threads that were measured.
+    pub threads: usize,
+    /// Bytes per nanosecond that can be read from memory.
+    pub read_gbps: f64,
+    /// Float32 operations per nanosecond, a fused multiply-add counted as two.
+    pub f32_gflops: f64,
+}
+
+impl Limits {
+    /// Measures both; about half a second.
+    pub fn measure(threads: usize) -> Outcome<Self> {
+        Ok(Self { threads, read_gbps: read_gbps(threads)?, f32_gflops: f32_gflops(threads)? })
+    }
+
+    /// The least microseconds that reading `bytes` and computing `flops` can take when they overlap fully.
+    pub fn floor_us(&self, bytes: f64, flops: f64) -> f64 {
+        (bytes / self.read_gbps).max(flops / self.f32_gflops) / 1e3
+    }
+}
+
+/// A thread's stretch of work.
+struct Span {
+    start: Instant,
+    end: Instant,
+    work: f64,
+}
+
+/// Passes of each measurement; the best counts, for other processes can only slow a pass down.
+const PASSES: usize = 5;
+
+/// Runs `work` on every thread after `prepare` and returns the best pass's work per nanosecond, from the first
+/// thread's start to the last one's end. All threads begin a pass together: their start-up would otherwise be measured
+/// on machines with many cores.
+fn rate<T>(threads: usize, prepare: impl Fn() -> T + Sync, work: impl Fn(&T) -> f64 + Sync) -> Outcome<f64> {
+    let (prepare, work) = (&prepare, &work);
+    let barrier = &Barrier::new(threads);
+    let pass = move |prepared: &T| {
+        barrier.wait();
+        let start = Instant::now();
+        let work = work(prepared);
+        Span { start, end: Instant::now(), work }
+    };
+    let spans: Option<Vec<[Span; PASSES]>> = std::thread::scope(|scope| {
+        let run = move || {
+            let prepared = prepare();
+            std::array::from_fn(|_| pass(&prepared))
+        };
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        handles.into_iter().map(|h| h.join().ok()).collect()
+    });
+    let spans = spans.ok_or_else(|| Failure::said("a thread that measured the machine failed"))?;
+    let rates = (0..PASSES).filter_map(|p| {
+        let (start, end) = (spans.iter().map(|s| s[p].start).min()?, spans.iter().map(|s| s[p].end).max()?);
+        Some(spans.iter().map(|s| s[p].work).sum::<f64>() / (end - start).as_nanos().max(1) as f64)
+    });
+    Ok(rates.fold(0.0, f64::max))
+}
+
+const MIB: usize = 1 << 20;
+/// Bytes per nanosecond that `threads` threads read together.
+pub fn read_gbps(threads: usize) -> Outcome<f64> {
+    // Far beyond any last-level cache, also where many cores share many of them; but no more than the machine has.
+    let room = machine::memory_available().map_or(usize::MAX, |m| m / 4);
+    let total = (64 * MIB * threads).clamp(512 * MIB, 8192 * MIB).min(room.max(64 * MIB));
+    let len = (total / threads / 8).next_multiple_of(STREAMS * LANES);
+    // Each thread touches its own part first, so that its pages lie on the thread's memory node.
+    let prepare = || (0..len as u64).collect::<Vec<u64>>();
+    rate(threads, prepare, |buffer| {
+        black_box(sum(black_box(buffer)));
+        (buffer.len() * 8) as f64
+    })
+}
+
+/// Independent places that a thread reads from at once, so that every prefetcher has work.
+const STREAMS: usize = 4;
+/// Elements that a stream adds per step: two widest vectors.
+const LANES: usize = 16;
+
+fn sum(buffer: &[u64]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    match CpuIsa::detect() {
+        // SAFETY: `detect` has found AVX-512F.
+        CpuIsa::Avx512 => return unsafe { sum_avx512(buffer) },
+        // SAFETY: `detect` has found AVX2.
+        CpuIsa::Avx2 => return unsafe { sum_avx2(buffer) },
+        CpuIsa::Portable => {}
+    }
+    sum_any(buffer)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn sum_avx512(buffer: &[u64]) -> u64 {
+    sum_any(buffer)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_avx2(buffer: &[u64]) -> u64 {
+    sum_any(buffer)
+}
+
+/// Adds up everything; inlined into the functions above, each with its own vectors.
+#[inline(always)]
+fn sum_any(buffer: &[u64]) -> u64 {
+    let part = buffer.len() / STREAMS;
+    let mut acc = [[0u64; LANES]; STREAMS];
+    for at in (0..part).step_by(LANES) {
+        for (stream, acc) in acc.iter_mut().enumerate() {
+            if let Some(values) = buffer.get(stream * part + at..).and_then(|b| b.first_chunk::<LANES>()) {
+                for (a, v) in acc.iter_mut().zip(values) {
+                    *a = a.wrapping_add(*v);
+                }
+            }
+        }
+    }
+    acc.iter().flatten().fold(0, |a, v| a.wrapping_add(*v))
+}
+
+/// Steps between two looks at the clock: some ten microseconds.
+const STEPS: usize = 10_000;
+
+/// Float32 operations per nanosecond of `threads` threads together.
+pub fn f32_gflops(threads: usize) -> Outcome<f64> {
+    let work = |_: &()| {
+        let (start, mut flops) = (Instant::now(), 0.0);
+        while start.elapsed() < Duration::from_millis(30) {
+            flops += multiply_add();
+        }
+        flops
+    };
+    rate(threads, || (), work)
+}
+
+/// A burst of multiply-adds; returns how many operations it did.
+fn multiply_add() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    match CpuIsa::detect() {
+        // SAFETY: `detect` has found AVX-512F.
+        CpuIsa::Avx512 => return unsafe { fma_avx512() },
+        // SAFETY: `detect` has found AVX2 and FMA.
+        CpuIsa::Avx2 => return unsafe { fma_avx2() },
+        CpuIsa::Portable => {}
+    }
+    const N: usize = 32;
+    let (mut acc, x, y) = ([1.0f32; N], black_box(0.5f32), black_box(0.5f32));
+    for _ in 0..STEPS {
+        // Without a fused instruction `mul_add` is a slow library call; two operations are what such a target has.
+        acc.iter_mut().for_each(|a| *a = *a * x + y);
+    }
+    black_box(acc);
+    (2 * N * STEPS) as f64
+}
+
+/// Chains enough to hide the latency of two units with four or five cycles each, few enough for 16 registers.
+#[cfg(target_arch = "x86_64")]
+const CHAINS: usize = 12;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn fma_avx512() -> f64 {
+    use std::arch::x86_64::*;
+    // x -> x / 2 + 1/2 stays at 1: no overflow and no subnormals, which would be slow.
+    let (x, y) = (_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(black_box(0.5)));
+    let mut acc = [_mm512_set1_ps(1.0); CHAINS];
+    for _ in 0..STEPS {
+        acc.iter_mut().for_each(|a| *a = _mm512_fmadd_ps(*a, x, y));
+    }
+    black_box(acc.iter().fold(x, |a, b| _mm512_add_ps(a, *b)));
+    (2 * 16 * CHAINS * STEPS) as f64
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn fma_avx2() -> f64 {
+    use std::arch::x86_64::*;
+    let (x, y) = (_mm256_set1_ps(black_box(0.5)), _mm256_set1_ps(black_box(0.5)));
+    let mut acc = [_mm256_set1_ps(1.0); CHAINS];
+    for _ in 0..STEPS {
+        acc.iter_mut().for_each(|a| *a = _mm256_fmadd_ps(*a, x, y));
+    }
+    black_box(acc.iter().fold(x, |a, b| _mm256_add_ps(a, *b)));
+    (2 * 8 * CHAINS * STEPS) as f64
+}
