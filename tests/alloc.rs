@@ -54,7 +54,9 @@ fn selection_and_forward_calls_allocate_nothing() {
     for platform in [Platform::cpu(), Platform::Cuda(90), Platform::Rocm] {
         for name in MoeBackend::ALL {
             let inputs = SelectInputs::named(*name);
-            let n = allocations(|| drop(std::hint::black_box(Fp8Block::select_backend(&config, &platform, &inputs))));
+            let n = allocations(|| {
+                let _ = std::hint::black_box(Fp8Block::select_backend(&config, &platform, &inputs));
+            });
             assert_eq!(n, 0, "selecting {} on {platform}", name.name());
         }
     }
@@ -73,12 +75,13 @@ fn selection_and_forward_calls_allocate_nothing() {
             let batched = kernel::<Batched>(&batched, target, None);
             let mut out = vec![0.0; x.len()];
             let mut workspace = vec![0u8; kernel_.router_workspace_bytes(7)];
-            let y = |out| RowsMut::F32(out);
             let (slots, counts) = (vec![1.0; 8 * 2 * 96], [2, 1, 0, 2, 2, 2, 0, 1]);
             let (mut slots_out, mut slots_workspace) = (slots.clone(), vec![0u8; batched.workspace_bytes(2)]);
             let mut run = || {
-                kernel_.forward(Rows::F32(&x), &ids, &weights, y(&mut out), &mut workspace, &pool).unwrap();
-                kernel_.forward_router(Rows::F32(&x), &logits, None, y(&mut out), &mut workspace, &pool).unwrap();
+                kernel_.forward(Rows::F32(&x), &ids, &weights, RowsMut::F32(&mut out), &mut workspace, &pool).unwrap();
+                kernel_
+                    .forward_router(Rows::F32(&x), &logits, None, RowsMut::F32(&mut out), &mut workspace, &pool)
+                    .unwrap();
                 let (x, y) = (Rows::F32(&slots), RowsMut::F32(&mut slots_out));
                 batched.forward_batched(x, &counts, y, &mut slots_workspace, &pool).unwrap();
             };

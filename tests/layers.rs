@@ -245,8 +245,7 @@ fn wrong_arguments_are_errors_and_nothing_is_written() {
         let call = |x: usize, ids: &[i32], weights: usize, out: usize, workspace: usize| {
             let (x, w, mut y) = (vec![1.0; x], vec![1.0; weights], vec![7.0; out]);
             let mut workspace = vec![0u8; workspace];
-            let result =
-                kernel.forward(Rows::F32(&x), ids, &w, RowsMut::F32(&mut y), &mut workspace, &SingleThread);
+            let result = kernel.forward(Rows::F32(&x), ids, &w, RowsMut::F32(&mut y), &mut workspace, &SingleThread);
             assert!(result.is_ok() || y.iter().all(|v| *v == 7.0));
             result.err()
         };
@@ -270,13 +269,8 @@ fn wrong_arguments_are_errors_and_nothing_is_written() {
         for (counts, expert) in [([0, 3, 0, 0], 1), ([0, 0, -1, 0], 2)] {
             let (x, mut y) = (vec![1.0; 4 * 2 * 32], vec![0.0; 4 * 2 * 32]);
             let mut workspace = vec![0u8; kernel.workspace_bytes(2)];
-            let result = kernel.forward_batched(
-                Rows::F32(&x),
-                &counts,
-                RowsMut::F32(&mut y),
-                &mut workspace,
-                &SingleThread,
-            );
+            let result =
+                kernel.forward_batched(Rows::F32(&x), &counts, RowsMut::F32(&mut y), &mut workspace, &SingleThread);
             assert_eq!(result, Err(ForwardError::Count { expert, count: counts[expert], max: 2 }));
         }
     }

@@ -72,9 +72,15 @@ fn inside() -> impl Iterator<Item = RoutingMethod> {
 fn every_method_does_what_its_definition_says() {
     for method in inside() {
         let mut rng = Rng(1);
-        for (e, k, groups, topk_groups) in
-            [(8, 2, 1, 1), (256, 8, 8, 4), (128, 10, 4, 1), (16, 4, 16, 6), (1, 1, 1, 1), (512, 10, 1, 1), (60, 6, 4, 3)]
-        {
+        for (e, k, groups, topk_groups) in [
+            (8, 2, 1, 1),
+            (256, 8, 8, 4),
+            (128, 10, 4, 1),
+            (16, 4, 16, 6),
+            (1, 1, 1, 1),
+            (512, 10, 1, 1),
+            (60, 6, 4, 3),
+        ] {
             for normalize in [true, false] {
                 for _ in 0..50 {
                     let r = Routing { method, groups, topk_groups, normalize, scaling: rng.range(0.5, 3.0) };
@@ -88,7 +94,7 @@ fn every_method_does_what_its_definition_says() {
                     let (want_ids, want) = reference(&r, &logits, &bias, k);
                     assert_eq!(ids, want_ids.iter().map(|i| *i as i32).collect::<Vec<_>>(), "{r:?} of {e}");
                     for (have, want) in weights.iter().zip(want) {
-                        assert!((f64::from(*have) - want).abs() <= 2e-6 * want.abs(), "{r:?}: {have} and {want}");
+                        assert!((f64::from(*have) - want).abs() <= 5e-6 * want.abs(), "{r:?}: {have} and {want}");
                     }
                 }
             }

@@ -182,7 +182,12 @@ pub fn route(rng: &mut Rng, tokens: usize, config: &MoeConfig, skew: Skew) -> (V
                 Skew::Same => ids.len() - start,
                 Skew::Zipf => {
                     let mut left = rng.unit() * harmonic;
-                    (0..e).find(|i| { left -= 1.0 / (*i + 1) as f32; left <= 0.0 }).unwrap_or(e - 1)
+                    (0..e)
+                        .find(|i| {
+                            left -= 1.0 / (*i + 1) as f32;
+                            left <= 0.0
+                        })
+                        .unwrap_or(e - 1)
                 }
             } as i32;
             if !ids[start..].contains(&id) {
@@ -190,7 +195,11 @@ pub fn route(rng: &mut Rng, tokens: usize, config: &MoeConfig, skew: Skew) -> (V
             }
         }
         if skew == Skew::Holes {
-            ids[start..].iter_mut().for_each(|id| if rng.below(3) == 0 { *id = -1 });
+            ids[start..].iter_mut().for_each(|id| {
+                if rng.below(3) == 0 {
+                    *id = -1
+                }
+            });
         }
     }
     let weights = ids.iter().map(|_| rng.range(0.05, 1.0)).collect();
