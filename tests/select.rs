@@ -39,7 +39,8 @@ fn reasons(error: SelectError) -> Vec<Unsupported> {
 fn selection_in_const_context_is_selection_at_run_time() {
     let now = Fp8Block::select_backend(&LAYER, &CPU, &SelectInputs::AUTO).unwrap();
     assert_eq!(SELECTED.backend, now.backend);
-    assert!(std::ptr::eq(SELECTED.kernel, now.kernel));
+    // Not the address: a const in two crates may be two copies.
+    assert_eq!(format!("{:?}", SELECTED.kernel), format!("{:?}", now.kernel));
     assert_eq!(SELECTED.backend.name(), SELECTED.kernel.name);
     assert_eq!(REFUSED, refusal(&LAYER, Platform::Rocm));
 }
