@@ -293,3 +293,53 @@ fn dyn_oracle(s: &Scheme, p: &Pair) -> TokenStream {
     let (w, a) = (key(&p.weight), key(&p.activation));
     quote!(DynOracle { scheme: Scheme::#variant, alias: #name, weight: #w, activation: #a, vtable: Vtable::of::<#alias>() })
 }
+
+#[cfg(test)]
+mod tests {
+    const ONE_SCHEME: &str = r#"
+        [[scheme]]
+        name = "int8"
+        oracle = "Int8"
+        pairs = [
+          { alias = "Int8Channel", weight = "INT8_STATIC_CHANNEL_SYM", activation = "INT8_DYNAMIC_TOKEN_SYM", doc = "per channel x per token" },
+          { alias = "Int8ChannelWeightOnly", weight = "INT8_STATIC_CHANNEL_SYM", doc = "weights only" },
+        ]
+        [scheme.names]
+        means = { emulation = "cpu_reference" }
+        gpu_only = ["triton"]
+        other_hardware = ["aiter"]
+        as_auto = ["humming"]
+        [[scheme.backend]]
+        name = "cuda_mma"
+        experts = "cuda"
+        device = "cuda"
+        min = 80
+        numerics = "weight_only"
+        pairs = ["Int8ChannelWeightOnly"]
+        activations = ["silu", "gelu"]
+        formats = ["standard"]
+        kernels = [{ file = "mma.cu" }]
+        [[scheme.backend]]
+        name = "cpu_reference"
+        experts = "reference"
+        device = "cpu"
+        numerics = "as_keyed"
+        pairs = "all"
+        activations = "all"
+        formats = "all"
+        kernels = []
+    "#;
+
+    /// What the macro makes of a small table, to be read in full. BLESS=1 writes it anew.
+    #[test]
+    fn one_scheme_expands_as_expected() {
+        let table = moe_oracle_table::parse(ONE_SCHEME).unwrap();
+        let file = syn::parse2(super::table("table.toml", &table)).unwrap();
+        let have = prettyplease::unparse(&file);
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/expected/one_scheme.rs");
+        if std::env::var_os("BLESS").is_some() {
+            std::fs::write(path, &have).unwrap();
+        }
+        assert_eq!(have, std::fs::read_to_string(path).unwrap(), "BLESS=1 accepts the new expansion");
+    }
+}
