@@ -333,7 +333,7 @@ impl MoeConfig {
             return Some("a dimension is beyond any model (2^24 columns, 2^31 experts)");
         }
         let r = &self.routing;
-        if r.groups == 0 || r.topk_groups == 0 || r.topk_groups > r.groups || self.experts % r.groups != 0 {
+        if r.groups == 0 || r.topk_groups == 0 || r.topk_groups > r.groups || !self.experts.is_multiple_of(r.groups) {
             return Some("the routing groups must divide the experts, and some of them must be kept");
         }
         if self.topk > self.experts / r.groups * r.topk_groups {

@@ -122,7 +122,7 @@ impl WeightMatrix {
             return err(format!("is empty ({rows} x {cols})"));
         }
         let bits = rows.checked_mul(cols).and_then(|n| n.checked_mul(self.elem.bits()));
-        if (cols * self.elem.bits()) % 8 != 0 || bits != self.codes.len().checked_mul(8) {
+        if !(cols * self.elem.bits()).is_multiple_of(8) || bits != self.codes.len().checked_mul(8) {
             return err(format!("has {} bytes, which is not {rows} x {cols} of {:?}", self.codes.len(), self.elem));
         }
         if self.elem == WeightElem::Quant(scheme::Elem::E4m3)
@@ -298,7 +298,7 @@ impl MoeWeights {
                     }
                     continue;
                 };
-                if (m.rows, m.cols) != (rows, cols) || (name == "w1") > gated {
+                if (m.rows, m.cols) != (rows, cols) || (name == "w1" && !gated) {
                     let problem = format!("is {} x {}, expected {rows} x {cols}", m.rows, m.cols);
                     return Err(WeightError { tensor, problem });
                 }

@@ -124,6 +124,7 @@ fn scheme(s: &Scheme) -> TokenStream {
 
             /// `MoeKernelOracle::map_backend`, in const context. `Ok(None)`: the name leaves the choice to us.
             pub const fn map(name: MoeBackend) -> Result<Option<#backend>, Unsupported> {
+                Self::legal();
                 match name {
                     MoeBackend::Auto #(| MoeBackend::#auto)* => Ok(None),
                     #(#named,)*
@@ -137,6 +138,7 @@ fn scheme(s: &Scheme) -> TokenStream {
 
             /// The kernel behind a backend.
             pub const fn kernel(backend: #backend) -> &'static KernelInfo {
+                Self::legal();
                 match backend { #(#arms),* }
             }
 

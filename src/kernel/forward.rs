@@ -111,10 +111,10 @@ impl<X: Experts> MoeKernel<Standard, X> {
                 hidden.widen(start + t, h, &mut parts.x[t * stride..][..stride]);
                 continue;
             }
-            for slot in t * k..(t + 1) * k {
-                let x = &mut parts.x[slot * stride..][..stride];
+            let rows = parts.x[t * k * stride..].chunks_exact_mut(stride);
+            for (x, w) in rows.zip(&weights[t * k..(t + 1) * k]) {
                 hidden.widen(start + t, h, x);
-                x.iter_mut().for_each(|v| *v *= weights[slot]);
+                x.iter_mut().for_each(|v| *v *= w);
             }
         }
     }
@@ -159,11 +159,12 @@ impl<X: Experts> MoeKernel<Standard, X> {
         let row = &mut parts.row[..h];
         for t in 0..tokens {
             row.fill(0.0);
-            for slot in t * k..(t + 1) * k {
+            let slots = t * k..(t + 1) * k;
+            for (slot, weight) in slots.clone().zip(&weights[slots]) {
                 if parts.slots[slot] == ABSENT {
                     continue;
                 }
-                let w = if self.config.weight_on_input { 1.0 } else { weights[slot] };
+                let w = if self.config.weight_on_input { 1.0 } else { *weight };
                 row.iter_mut().zip(&parts.y[slot * h..][..h]).for_each(|(r, y)| *r += w * y);
             }
             output.narrow(start + t, row);
@@ -171,7 +172,6 @@ impl<X: Experts> MoeKernel<Standard, X> {
     }
 
     /// The monolithic entry: routes `logits` `[T, E]` (with `bias` `[E]`, see [`routing::route_token`]) and runs.
-    #[expect(clippy::too_many_arguments, reason = "the tensors of a fused layer")]
     pub fn forward_router(
         &self,
         hidden: Rows<'_>,

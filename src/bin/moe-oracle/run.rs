@@ -1,7 +1,7 @@
 //! `run`: one layer of a checkpoint over the hidden states of a file.
 
-use crate::tensors::{self, Input};
 use crate::failure::{AnyError as Failure, outln};
+use crate::tensors::{self, Input};
 use moe_oracle::checkpoint::Checkpoint;
 use moe_oracle::cpu::ThreadPool;
 use moe_oracle::layer::{Layer, LayerOptions};
@@ -36,6 +36,9 @@ pub struct Args {
     /// Leave activations exact even where the backend can quantise them as the checkpoint asks.
     #[arg(long)]
     exact_activations: bool,
+    /// Safetensors file with a known `output` (and `output_actq*`) [T, H] to compare with.
+    #[arg(long)]
+    expected: Option<PathBuf>,
     /// Print what was done as JSON.
     #[arg(long)]
     json: bool,
@@ -69,6 +72,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let result = layer.run(&input.hidden, input.router_hidden.as_deref(), input.routed, &pool)?;
     tensors::write(&args.output, &result, config.hidden, config.topk)?;
 
+    let compared = match &args.expected {
+        None => Vec::new(),
+        Some(path) => tensors::compare(path, &result.output, config.hidden)?,
+    };
+
     let (oracle, kernel) = (layer.choice().oracle, layer.choice().kernel);
     let key = |bits| moe_oracle::scheme::QuantKey::from_bits(bits).map(|k| k.name());
     let numerics = match kernel.numerics {
@@ -86,6 +94,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             "family": family, "layer": index, "producer": producer, "scheme": oracle.scheme.name(),
             "oracle": oracle.alias, "weight_key": key(oracle.weight), "activation_key": key(oracle.activation),
             "backend": kernel.name, "why": why, "numerics": numerics, "platform": options.platform.to_string(),
+            "relative_errors": compared.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "tokens": input.tokens, "threads": moe_oracle::cpu::Executor::threads(&pool),
         });
         return outln(&facts.to_string());
@@ -97,5 +106,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         key(oracle.activation).unwrap_or("not quantised"),
     ))?;
     outln(&format!("backend {} on {}: {why}; {numerics}", kernel.name, options.platform))?;
+    for (name, error) in &compared {
+        outln(&format!("relative error against the expected `{name}`: {error:.2e}"))?;
+    }
     outln(&format!("{} tokens -> {}", input.tokens, args.output.display()))
 }

@@ -111,3 +111,24 @@ pub fn write(path: &Path, result: &LayerOutput, hidden: usize, topk: usize) -> R
         format!("{}: {e}", path.display()).into()
     })
 }
+
+/// The relative Frobenius error of `output` against every `output` and `output_actq*` of a file.
+pub fn compare(path: &Path, output: &[f32], hidden: usize) -> Result<Vec<(String, f64)>, Failure> {
+    let in_file = |e: &dyn std::fmt::Display| Failure::from(format!("{}: {e}", path.display()));
+    let bytes = std::fs::read(path).map_err(|e| in_file(&e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| in_file(&e))?;
+    let mut errors = Vec::new();
+    for name in file.names().into_iter().filter(|n| *n == "output" || n.starts_with("output_actq")) {
+        let tensor = file.tensor(name)?;
+        shaped(name, &tensor, [output.len() / hidden, hidden]).map_err(|e| in_file(&e))?;
+        let want = floats(name, &tensor).map_err(|e| in_file(&e))?;
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let off: f64 = output.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
+        errors.push((name.to_owned(), (off / want.iter().copied().map(square).sum::<f64>()).sqrt()));
+    }
+    errors.sort_by(|a, b| a.0.cmp(&b.0));
+    if errors.is_empty() {
+        return Err(in_file(&"has no tensor `output` to compare with"));
+    }
+    Ok(errors)
+}
