@@ -23,7 +23,7 @@ pub fn dequantize(m: &WeightMatrix) -> Vec<f64> {
         for col in 0..m.cols {
             let at = row * m.cols + col;
             let half = || u16::from_le_bytes([m.codes[2 * at], m.codes[2 * at + 1]]);
-            let four = || if at % 2 == 0 { m.codes[at / 2] & 15 } else { m.codes[at / 2] >> 4 };
+            let four = || if at.is_multiple_of(2) { m.codes[at / 2] & 15 } else { m.codes[at / 2] >> 4 };
             let (code, middle) = match m.elem {
                 WeightElem::Bf16 => (half::bf16::from_bits(half()).to_f64(), 0.0),
                 WeightElem::F16 => (half::f16::from_bits(half()).to_f64(), 0.0),

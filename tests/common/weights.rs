@@ -60,7 +60,9 @@ fn scales(rng: &mut Rng, key: QuantKey, rows: usize, cols: usize, unit: f32) -> 
         (ScaleType::Half, Extent::Len(1), len) => {
             let size = match len {
                 Extent::Len(n) => n as usize,
-                _ => *[32, 64, 128, cols].iter().filter(|s| cols % **s == 0).nth(rng.below(2)).unwrap_or(&cols),
+                _ => {
+                    *[32, 64, 128, cols].iter().filter(|s| cols.is_multiple_of(**s)).nth(rng.below(2)).unwrap_or(&cols)
+                }
             };
             let ty = if rng.below(2) == 0 { HalfType::Bf16 } else { HalfType::F16 };
             let n = rows * cols / size;

@@ -100,9 +100,9 @@ fn matrix(kind: Kind, rows: usize, cols: usize, rng: &mut Rng) -> WeightMatrix {
             let groups = rows * cols / size;
             let ty = if rng.below(2) == 0 { HalfType::F16 } else { HalfType::Bf16 };
             // The type must be the same in all experts, so it goes by the shape.
-            let ty = if cols % 64 == 0 {
+            let ty = if cols.is_multiple_of(64) {
                 HalfType::F16
-            } else if cols % 2 == 0 {
+            } else if cols.is_multiple_of(2) {
                 HalfType::Bf16
             } else {
                 ty
