@@ -7,11 +7,13 @@ use moe_oracle::scheme::{Elem, Extent, QuantKey, ScaleType};
 use moe_oracle::weights::{ExpertWeights, HalfType, MoeWeights, Scales, WeightElem, WeightMatrix};
 
 /// A matrix whose product with a vector of unit variance has about unit variance.
-pub fn matrix(rng: &mut Rng, key: Option<QuantKey>, rows: usize, cols: usize) -> WeightMatrix {
+///
+/// The bits of `style` choose what a key leaves open: half type, group size, act-order.
+pub fn matrix(rng: &mut Rng, key: Option<QuantKey>, rows: usize, cols: usize, style: usize) -> WeightMatrix {
     let norm = 1.0 / (cols as f32).sqrt();
     let n = rows * cols;
     let Some(key) = key else {
-        let bf16 = rng.below(2) == 0;
+        let bf16 = style & 1 == 0;
         let code = |rng: &mut Rng| {
             let v = rng.normal() * norm;
             if bf16 { half::bf16::from_f32(v).to_bits() } else { half::f16::from_f32(v).to_bits() }
@@ -29,7 +31,7 @@ pub fn matrix(rng: &mut Rng, key: Option<QuantKey>, rows: usize, cols: usize) ->
         other => panic!("no weights of {other:?}"),
     };
     let unit = norm / rms;
-    let scales = scales(rng, key, rows, cols, unit);
+    let scales = scales(rng, key, rows, cols, unit, style);
     WeightMatrix { rows, cols, elem: WeightElem::Quant(key.elem), codes: Vec::into(bytes), scales }
 }
 
@@ -37,7 +39,7 @@ fn random_bytes(rng: &mut Rng, n: usize) -> Vec<u8> {
     (0..n).map(|_| rng.bits() as u8).collect()
 }
 
-fn scales(rng: &mut Rng, key: QuantKey, rows: usize, cols: usize, unit: f32) -> Scales {
+fn scales(rng: &mut Rng, key: QuantKey, rows: usize, cols: usize, unit: f32, style: usize) -> Scales {
     let some = |rng: &mut Rng, n: usize| (0..n).map(|_| unit * rng.range(0.5, 1.5)).collect::<Vec<f32>>();
     let group = key.scale.group;
     match (key.scale.ty, group.rows, group.cols) {
@@ -60,11 +62,13 @@ fn scales(rng: &mut Rng, key: QuantKey, rows: usize, cols: usize, unit: f32) -> 
         (ScaleType::Half, Extent::Len(1), len) => {
             let size = match len {
                 Extent::Len(n) => n as usize,
-                _ => {
-                    *[32, 64, 128, cols].iter().filter(|s| cols.is_multiple_of(**s)).nth(rng.below(2)).unwrap_or(&cols)
-                }
+                _ => *[32, 64, 128, cols]
+                    .iter()
+                    .filter(|s| cols.is_multiple_of(**s))
+                    .nth(style >> 1 & 1)
+                    .unwrap_or(&cols),
             };
-            let ty = if rng.below(2) == 0 { HalfType::Bf16 } else { HalfType::F16 };
+            let ty = if style & 1 == 0 { HalfType::Bf16 } else { HalfType::F16 };
             let n = rows * cols / size;
             let mut values = some(rng, n);
             for v in &mut values {
@@ -75,7 +79,7 @@ fn scales(rng: &mut Rng, key: QuantKey, rows: usize, cols: usize, unit: f32) -> 
             }
             let limit = if key.elem == Elem::U4 { 16 } else { 256 };
             let zero_points = (!key.symmetric).then(|| (0..n).map(|_| rng.below(limit) as u8).collect());
-            let act_order = matches!(len, Extent::Any) && size < cols && rng.below(2) == 0;
+            let act_order = matches!(len, Extent::Any) && size < cols && style >> 2 == 0;
             let g_idx = act_order.then(|| permuted_groups(rng, cols, size));
             Scales::Group { size, ty, values, zero_points, g_idx }
         }
@@ -103,10 +107,12 @@ pub fn layer(rng: &mut Rng, oracle: &'static DynOracle, config: MoeConfig) -> La
         _ => 448.0,
     };
     let bias = |rng: &mut Rng, n: usize| config.bias.then(|| (0..n).map(|_| 0.3 * rng.normal()).collect::<Vec<f32>>());
+    // A producer stores a projection in the same way in every expert of a layer.
+    let styles = [rng.below(8), rng.below(8), rng.below(8)];
     let experts = (0..config.local_experts).map(|_| ExpertWeights {
-        gate: gated.then(|| matrix(rng, weight_key, i, h)),
-        up: matrix(rng, weight_key, i, h),
-        down: matrix(rng, weight_key, h, i),
+        gate: gated.then(|| matrix(rng, weight_key, i, h, styles[0])),
+        up: matrix(rng, weight_key, i, h, styles[1]),
+        down: matrix(rng, weight_key, h, i, styles[2]),
         gate_bias: bias(rng, i).filter(|_| gated),
         up_bias: bias(rng, i),
         down_bias: bias(rng, h),
