@@ -89,6 +89,7 @@ impl<const W: u64, const A: u64> Int8<W, A> {
     }
     /// `MoeKernelOracle::map_backend`, in const context. `Ok(None)`: the name leaves the choice to us.
     pub const fn map(name: MoeBackend) -> Result<Option<Int8Backend>, Unsupported> {
+        Self::legal();
         match name {
             MoeBackend::Auto | MoeBackend::Humming => Ok(None),
             MoeBackend::Emulation => Ok(Some(Int8Backend::CpuReference)),
@@ -107,6 +108,7 @@ impl<const W: u64, const A: u64> Int8<W, A> {
     }
     /// The kernel behind a backend.
     pub const fn kernel(backend: Int8Backend) -> &'static KernelInfo {
+        Self::legal();
         match backend {
             Int8Backend::CudaMma => <Int8CudaMma<W, A>>::INFO,
             Int8Backend::CpuReference => <Int8CpuReference<W, A>>::INFO,
