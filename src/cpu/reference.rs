@@ -8,6 +8,7 @@ use crate::platform::CpuIsa;
 use crate::scheme::QuantKey;
 use crate::weights::{MoeWeights, WeightError, WeightMatrix};
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 struct Expert {
     gate: Option<Vec<f32>>,
@@ -61,7 +62,7 @@ impl ReferenceExperts {
     }
 
     /// One row through one expert; `x` and `h` are scratch.
-    fn row(&self, expert: &Expert, input: &[f32], x: &mut [f32], h: &mut [f32], output: &mut [f32]) {
+    fn row(&self, expert: &Expert, input: &[f32], x: &mut [f32], h: &mut [f32], mut output: impl FnMut(usize, f32)) {
         x.copy_from_slice(&input[..self.hidden]);
         if let Some(key) = self.activation_key {
             quantize_row(key, expert.input_scale, x);
@@ -76,9 +77,8 @@ impl ReferenceExperts {
         if let Some(key) = self.activation_key {
             quantize_row(key, expert.down_input_scale, h);
         }
-        for (n, y) in output.iter_mut().enumerate() {
-            *y = dot(&expert.down[n * self.intermediate..][..self.intermediate], h)
-                + expert.down_bias.as_ref().map_or(0.0, |b| b[n]);
+        for (n, w) in expert.down.chunks_exact(self.intermediate).enumerate() {
+            output(n, dot(w, h) + expert.down_bias.as_ref().map_or(0.0, |b| b[n]));
         }
     }
 }
@@ -125,10 +125,14 @@ impl Experts for ReferenceExperts {
                         std::slice::from_raw_parts_mut(scratch.at(index * stride + padded(hidden)), inter),
                     )
                 };
-                // SAFETY: `out` is a row of `output` (asserted), and by the contract of `ExpertsCall` no other
-                // assignment has it.
-                let y = unsafe { std::slice::from_raw_parts_mut(output.at(out * hidden), hidden) };
-                self.row(expert, &call.input[a.input_row as usize * call.input_stride..], x, h, y);
+                let store = |n: usize, y: f32| {
+                    // SAFETY: `out` is a row of `output` (asserted) and `n < hidden`; f32 and AtomicU32 have the same
+                    // layout. The store is atomic, so that a call which names an output row twice gets one of the
+                    // results and not a data race.
+                    unsafe { AtomicU32::from_ptr(output.at(out * hidden + n).cast()) }
+                        .store(y.to_bits(), Ordering::Relaxed);
+                };
+                self.row(expert, &call.input[a.input_row as usize * call.input_stride..], x, h, store);
             });
         }
     }

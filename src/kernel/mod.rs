@@ -102,6 +102,9 @@ impl<P: PrepareFinalize, X: Experts> MoeKernel<P, X> {
     /// Checks that the parts fit together. `map[global]` is a local expert or -1; required where `local_experts` is
     /// less than `experts` and tokens come in the standard format.
     pub fn new(experts: X, config: &MoeConfig, map: Option<Vec<i32>>) -> Result<Self, ConvertError> {
+        if let Some(problem) = config.problem() {
+            return Err(ConvertError::Config(problem));
+        }
         if P::FORMAT != config.format {
             return Err(ConvertError::Format);
         }

@@ -61,6 +61,9 @@ pub enum ConvertError {
     /// A backend without a packer.
     #[error("the backend `{0}` is not in this build")]
     NotBuilt(&'static str),
+    /// A layer that nothing could serve.
+    #[error("{0}")]
+    Config(&'static str),
     /// The expert map does not fit.
     #[error("the expert map {0}")]
     ExpertMap(String),
