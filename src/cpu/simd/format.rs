@@ -4,12 +4,15 @@
 //! the layer has biases). Then, group by group along K: the group's scales, its zero points, and its codes in steps
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
 
+use super::fixed;
 use super::isa::Isa;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 32;
 /// Bytes of a step, whatever the format.
 pub(super) const STEP_BYTES: usize = 128;
+/// Columns of a step of 4-bit codes.
+pub(super) const STEP_4BIT: usize = 8;
 
 /// How codes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,16 +21,18 @@ pub(super) enum Code {
     Bf16,
     /// By column.
     F16,
-    /// As the low nibbles of 4-bit codes, in bytes.
+    /// Bytes: of every 4 rows, columns 0 and 1 of each row, then columns 2 and 3.
     E4m3,
     /// By column, two's complement: int8, and u8 around 128.
     Int8,
     /// By column, with zero points.
     U8Zero,
-    /// 4 bits that index sixteen values.
-    Nibble([u16; 16]),
-    /// 4 bits with zero points.
-    NibbleZero([u16; 16]),
+    /// 4 bits, laid out as those of `U4`; the factor carries 1/2.
+    E2m1,
+    /// 4 bits: bytes of columns k and k + 4 (high), 4 bytes a row. The value is the code - 8.
+    U4,
+    /// The same with zero points.
+    U4Zero,
 }
 
 impl Code {
@@ -36,21 +41,18 @@ impl Code {
         match self {
             Code::Bf16 | Code::F16 => 2,
             Code::E4m3 | Code::Int8 | Code::U8Zero => 4,
-            Code::Nibble(_) | Code::NibbleZero(_) => 8,
+            Code::E2m1 | Code::U4 | Code::U4Zero => STEP_4BIT,
         }
     }
 
     /// Whether groups hold zero points.
     pub(super) fn zero_points(self) -> bool {
-        matches!(self, Code::U8Zero | Code::NibbleZero(_))
+        matches!(self, Code::U8Zero | Code::U4Zero)
     }
 
-    /// The values of 4-bit codes, as bf16.
-    pub(super) fn table(self) -> [u16; 16] {
-        match self {
-            Code::Nibble(t) | Code::NibbleZero(t) => t,
-            _ => [0; 16],
-        }
+    /// Whether kernels take activations in fixed point (see `fixed`) and not as float32.
+    pub(super) fn fixed(self) -> bool {
+        matches!(self, Code::E2m1 | Code::U4 | Code::U4Zero)
     }
 }
 
@@ -138,6 +140,11 @@ impl Shape {
             + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
     }
 
+    /// Float32 elements that a row takes in the form that kernels of a fixed-point code read; 0 for other codes.
+    pub(super) fn fixed_len(&self) -> usize {
+        if self.code.fixed() { fixed::len(self.cols, self.group) } else { 0 }
+    }
+
     /// Number of panels.
     pub(super) fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
@@ -149,66 +156,108 @@ impl Shape {
     }
 }
 
-/// Decoding of one kind of code. A step is decoded in one or two parts, so that few values wait in registers.
+/// Decoding of codes to float32.
 pub(super) trait Format {
-    /// Columns of a part.
-    const COLS: usize;
-    /// Parts of a step.
-    const PARTS: usize;
     /// Columns of a step.
-    const STEP: usize = Self::COLS * Self::PARTS;
+    const STEP: usize;
     /// Zero points are subtracted after decoding.
     const ZERO: bool;
 
-    /// Writes the values of `LANES` rows from `row` on to the first `COLS` vectors of `w`.
+    /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
     ///
     /// # Safety
     ///
-    /// As for [`Isa`]; `p` is a step of 128 bytes, `row + LANES <= 32`, `part < PARTS`.
-    unsafe fn decode<I: Isa>(p: *const u8, row: usize, part: usize, lut: I::Lut, w: &mut [I::V; 4]);
+    /// As for [`Isa`]; `p` is a step of 128 bytes, `row + LANES <= 32`.
+    unsafe fn decode<I: Isa>(p: *const u8, row: usize, w: &mut [I::V; 4]);
 }
 
 macro_rules! format {
-    ($(#[$doc:meta])* $name:ident, $cols:literal x $parts:literal, $zero:literal, |$p:ident, $row:ident, $part:ident, $lut:ident, $w:ident| $body:block) => {
+    ($(#[$doc:meta])* $name:ident, $cols:literal, $zero:literal, |$p:ident, $row:ident, $w:ident| $body:block) => {
         $(#[$doc])*
         pub(super) struct $name;
 
         impl Format for $name {
-            const COLS: usize = $cols;
-            const PARTS: usize = $parts;
+            const STEP: usize = $cols;
             const ZERO: bool = $zero;
 
             #[inline(always)]
-            #[allow(unsafe_op_in_unsafe_fn, unused_variables)]
-            unsafe fn decode<I: Isa>($p: *const u8, $row: usize, $part: usize, $lut: I::Lut, $w: &mut [I::V; 4]) $body
+            #[allow(unsafe_op_in_unsafe_fn)]
+            unsafe fn decode<I: Isa>($p: *const u8, $row: usize, $w: &mut [I::V; 4]) $body
         }
     };
 }
 
 format!(/// [`Code::Bf16`]
-    Bf16, 2 x 1, false, |p, row, part, lut, w| { (w[0], w[1]) = I::bf16x2(p.add(4 * row)); });
+    Bf16, 2, false, |p, row, w| { (w[0], w[1]) = I::bf16x2(p.add(4 * row)); });
 format!(/// [`Code::F16`]
-F16, 2 x 1, false, |p, row, part, lut, w| {
+F16, 2, false, |p, row, w| {
     w[0] = I::f16(p.add(2 * row));
     w[1] = I::f16(p.add(64 + 2 * row));
 });
 format!(/// [`Code::E4m3`]
-    E4m3, 4 x 1, false, |p, row, part, lut, w| { *w = I::e4m3x4(p.add(4 * row)); });
+    E4m3, 4, false, |p, row, w| { *w = I::e4m3x4(p.add(4 * row)); });
 format!(/// [`Code::Int8`]
-Int8, 4 x 1, false, |p, row, part, lut, w| {
+Int8, 4, false, |p, row, w| {
     for (k, w) in w.iter_mut().enumerate() {
         *w = I::i8(p.add(32 * k + row));
     }
 });
 format!(/// [`Code::U8Zero`]
-U8Zero, 4 x 1, true, |p, row, part, lut, w| {
+U8Zero, 4, true, |p, row, w| {
     for (k, w) in w.iter_mut().enumerate() {
         *w = I::u8(p.add(32 * k + row));
     }
 });
-format!(/// [`Code::Nibble`]
-Nibble, 4 x 2, false, |p, row, part, lut, w| {
-    *w = if part == 0 { I::nibbles::<false>(p.add(4 * row), lut) } else { I::nibbles::<true>(p.add(4 * row), lut) };
-});
-format!(/// [`Code::NibbleZero`]
-    NibbleZero, 4 x 2, true, |p, row, part, lut, w| { Nibble::decode::<I>(p, row, part, lut, w) });
+
+/// Decoding of 4-bit codes to unsigned bytes, at most 24, that are a weight (or a multiple of it) plus an offset.
+pub(super) trait Nibbles {
+    /// The offset comes from zero points, at most 31.
+    const ZERO: bool;
+    /// The offset otherwise.
+    const OFFSET: i32;
+
+    /// From codes to bytes.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Isa`].
+    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes;
+}
+
+/// [`Code::E2m1`]: twice the value, plus 12.
+pub(super) struct E2m1;
+/// [`Code::U4`]
+pub(super) struct U4;
+/// [`Code::U4Zero`]
+pub(super) struct U4Zero;
+
+impl Nibbles for E2m1 {
+    const ZERO: bool = false;
+    const OFFSET: i32 = 12;
+
+    #[inline(always)]
+    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
+        // SAFETY: as the caller promises.
+        unsafe { I::e2m1(codes) }
+    }
+}
+
+impl Nibbles for U4 {
+    const ZERO: bool = false;
+    const OFFSET: i32 = 8;
+
+    #[inline(always)]
+    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
+        codes
+    }
+}
+
+impl Nibbles for U4Zero {
+    const ZERO: bool = true;
+    const OFFSET: i32 = 0;
+
+    #[inline(always)]
+    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
+        codes
+    }
+}

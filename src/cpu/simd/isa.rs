@@ -17,8 +17,12 @@ pub(super) trait Isa: Copy {
     const LANES: usize;
     /// The vector.
     type V: Copy;
-    /// Sixteen bf16 values for 4-bit codes.
-    type Lut: Copy;
+    /// Bytes of `LANES` rows by 4 columns, row by row.
+    type Bytes: Copy;
+    /// Sums of products of such bytes, in 16 bits, one or more per row.
+    type Products: Copy;
+    /// An int32 per row.
+    type Ints: Copy;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -43,16 +47,49 @@ pub(super) trait Isa: Copy {
     unsafe fn e8m0(p: *const u8) -> Self::V;
     /// Dwords of two bf16 each: the low halves, the high halves.
     unsafe fn bf16x2(p: *const u8) -> (Self::V, Self::V);
-    /// Prepares a table.
-    unsafe fn lut(t: &[u16; 16]) -> Self::Lut;
-    /// `LANES * 4` bytes of 4-bit codes (`LANES` rows by 8 columns, as `pack::codes` lays them) to values, by column:
-    /// the four of the low nibbles or the four of the high ones.
-    unsafe fn nibbles<const HIGH: bool>(p: *const u8, lut: Self::Lut) -> [Self::V; 4];
-    /// `LANES * 4` bytes of e4m3 codes (`LANES` rows by 4 columns, laid out as 4-bit pairs are) to values, by column.
+    /// `LANES * 4` bytes of e4m3 codes (`LANES` rows by 4 columns, as [`pair_byte`] says) to values, by column.
     unsafe fn e4m3x4(p: *const u8) -> [Self::V; 4];
+    /// The low or the high halves of `LANES * 4` bytes.
+    unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> Self::Bytes;
+    /// e2m1 codes (below 16) to [`E2M1_BYTES`].
+    unsafe fn e2m1(codes: Self::Bytes) -> Self::Bytes;
+    /// Four signed bytes, for every row.
+    unsafe fn four(p: *const u8) -> Self::Bytes;
+    /// Nothing summed yet.
+    unsafe fn no_products() -> Self::Products;
+    /// Adds the products of unsigned bytes and signed ones. The caller sees to it that 16 bits hold two products of a
+    /// row, and half of all that are ever summed of it.
+    unsafe fn add_products(sums: Self::Products, unsigned: Self::Bytes, signed: Self::Bytes) -> Self::Products;
+    /// 2^14, 2^7 and 1 times the sums of each row. The caller sees to it that 32 bits hold any partial sum.
+    unsafe fn total(parts: [Self::Products; 3]) -> Self::Ints;
+    unsafe fn splat_int(x: i32) -> Self::Ints;
+    /// unsigned bytes
+    unsafe fn u8_int(p: *const u8) -> Self::Ints;
+    /// total - zero * sum, which 32 bits hold, as does the product.
+    unsafe fn corrected(total: Self::Ints, zero: Self::Ints, sum: Self::Ints) -> Self::Ints;
+    /// Rounded to nearest.
+    unsafe fn to_float(x: Self::Ints) -> Self::V;
     /// Asks for a cache line. Any address will do.
     unsafe fn prefetch(p: *const u8);
 }
+
+/// Where column `k` of the row `lane` of a panel lies in a step of e4m3 codes: unpacking takes columns 0 and 1 from the
+/// low 8 bytes of 16 and the others from the high 8, four rows each.
+#[inline(always)]
+pub(super) fn pair_byte(lane: usize, k: usize) -> usize {
+    lane / 4 * 16 + (k & 2) * 4 + lane % 4 * 2 + (k & 1)
+}
+
+/// Twice the value of each e2m1 code, plus 12.
+pub(super) static E2M1_BYTES: [u8; 16] = {
+    let mut t = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        t[i] = (2.0 * crate::scheme::number::E2M1[i] + 12.0) as u8;
+        i += 1;
+    }
+    t
+};
 
 /// The two bytes of e4m3 codes as bf16, from table look-ups: exact for subnormals too, whatever the flush-to-zero mode,
 /// and cheaper than converting through float16. Codes below 16 (subnormals and the lowest exponent) are looked up by

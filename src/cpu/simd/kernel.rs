@@ -1,11 +1,12 @@
-//! The micro-kernel: one panel times the rows of some tokens, and its entry points per instruction set.
+//! The micro-kernel: one panel times the rows of some tokens, and its entry points per instruction set. (4-bit weights
+//! have one of their own, in `nibble`.)
 //!
 //! Lanes are rows of the panel and K runs sequentially, so that each output is one chain of multiply-adds in an order
 //! that depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use super::format::{self, Code, Format, GroupScale, PANEL, STEP_BYTES, Shape};
+use super::format::{self, Code, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
 use super::isa::{Isa, portable::Portable};
-use super::math;
+use super::{fixed, math, nibble};
 use crate::config::Activation;
 use crate::platform::CpuIsa;
 
@@ -13,7 +14,7 @@ use crate::platform::CpuIsa;
 pub(super) const CHUNK: usize = 12;
 
 /// How far ahead of the running step memory is asked for.
-const PREFETCH: usize = 1024;
+pub(super) const PREFETCH: usize = 1024;
 
 /// One panel times `x[0 .. tokens]`.
 pub(super) struct Job<'a> {
@@ -21,7 +22,7 @@ pub(super) struct Job<'a> {
     pub shape: &'a Shape,
     /// `shape.panel_bytes()` bytes.
     pub panel: &'a [u8],
-    /// Rows of `shape.cols` elements.
+    /// Rows of `shape.cols` elements, or their fixed-point forms if the code asks for them.
     pub x: &'a [*const f32],
     /// Results, one per element of `x`.
     pub out: &'a mut [[f32; PANEL]],
@@ -30,9 +31,16 @@ pub(super) struct Job<'a> {
 /// # Safety
 ///
 /// The processor has the kernel's instruction set, the panel was packed for the shape and has `panel_bytes` bytes, the
-/// kernel is the one for the shape's code, every pointer of `x` can be read for `shape.cols` elements and `out` is as
-/// long as `x`.
+/// kernel is the one for the shape's code, every pointer of `x` can be read for `shape.cols` elements (of a form: for
+/// `shape.fixed_len()`) and `out` is as long as `x`.
 pub(super) type PanelFn = unsafe fn(&mut Job<'_>);
+
+/// [`fixed::row`] with what the instruction set offers.
+///
+/// # Safety
+///
+/// The processor has the function's instruction set.
+pub(super) type FixFn = unsafe fn(&[f32], Option<&[u32]>, usize, &mut [f32]);
 
 /// # Safety
 ///
@@ -46,7 +54,6 @@ pub(super) type ActivateFn = unsafe fn(Activation, &[f32; PANEL], &[f32; PANEL],
 #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
 unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize, row: usize) {
     let shape = job.shape;
-    let lut = I::lut(&shape.code.table());
     let zero = I::splat(0.0);
     let mut x = [std::ptr::null::<f32>(); M];
     x.copy_from_slice(&job.x[t..t + M]);
@@ -72,7 +79,7 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
                 I::prefetch(p.wrapping_add(PREFETCH));
                 I::prefetch(p.wrapping_add(PREFETCH + 64));
             }
-            step::<I, F, M, V>(p, row, lut, &zeros, &x, &mut sum);
+            step::<I, F, M, V>(p, row, &zeros, &x, &mut sum);
             p = p.add(STEP_BYTES);
             for m in 0..M {
                 x[m] = x[m].add(F::STEP);
@@ -82,7 +89,7 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
         let rest = len % F::STEP;
         if rest > 0 {
             // The step's other columns meet zeros: they are neither this group's nor, at the end, there at all.
-            let mut tail = [[0f32; 8]; M];
+            let mut tail = [[0f32; 4]; M];
             let mut tail_x = [std::ptr::null::<f32>(); M];
             for m in 0..M {
                 for i in 0..rest {
@@ -91,7 +98,7 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
                 tail_x[m] = tail[m].as_ptr();
                 x[m] = x[m].add(rest);
             }
-            step::<I, F, M, V>(p, row, lut, &zeros, &tail_x, &mut sum);
+            step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sum);
             p = p.add(STEP_BYTES);
             k += rest;
         }
@@ -127,7 +134,6 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
 unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
     p: *const u8,
     row: usize,
-    lut: I::Lut,
     zeros: &[I::V; V],
     x: &[*const f32; M],
     sum: &mut [[I::V; V]; M],
@@ -136,28 +142,26 @@ unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
     // dependent operations. Each output sees the same operations in the same order whatever M and V are.
     let local = F::STEP > 2;
     let mut s = *sum;
-    for part in 0..F::PARTS {
-        let mut w = [[zeros[0]; 4]; V];
-        for v in 0..V {
-            F::decode::<I>(p, row + v * I::LANES, part, lut, &mut w[v]);
-            for k in 0..F::COLS {
-                if F::ZERO {
-                    w[v][k] = I::sub(w[v][k], zeros[v]);
-                }
-                // A single token uses each value once, right here, before it could leave its register.
-                if M == 1 {
-                    let x = I::splat(x[0].add(part * F::COLS + k).read());
-                    s[0][v] = term::<I>(local && part + k == 0, w[v][k], x, s[0][v]);
-                }
+    let mut w = [[zeros[0]; 4]; V];
+    for v in 0..V {
+        F::decode::<I>(p, row + v * I::LANES, &mut w[v]);
+        for k in 0..F::STEP {
+            if F::ZERO {
+                w[v][k] = I::sub(w[v][k], zeros[v]);
+            }
+            // A single token uses each value once, right here, before it could leave its register.
+            if M == 1 {
+                let x = I::splat(x[0].add(k).read());
+                s[0][v] = term::<I>(local && k == 0, w[v][k], x, s[0][v]);
             }
         }
-        if M > 1 {
-            for k in 0..F::COLS {
-                for m in 0..M {
-                    let x = I::splat(x[m].add(part * F::COLS + k).read());
-                    for v in 0..V {
-                        s[m][v] = term::<I>(local && part + k == 0, w[v][k], x, s[m][v]);
-                    }
+    }
+    if M > 1 {
+        for k in 0..F::STEP {
+            for m in 0..M {
+                let x = I::splat(x[m].add(k).read());
+                for v in 0..V {
+                    s[m][v] = term::<I>(local && k == 0, w[v][k], x, s[m][v]);
                 }
             }
         }
@@ -221,6 +225,12 @@ macro_rules! entries {
                 panel::<$isa, F>(job)
             }
 
+            $(#[target_feature(enable = $feature)])?
+            #[allow(unsafe_op_in_unsafe_fn)]
+            unsafe fn nibbles<F: Nibbles>(job: &mut Job<'_>) {
+                nibble::panel::<$isa, F>(job)
+            }
+
             pub(super) fn kernel(code: Code) -> PanelFn {
                 match code {
                     Code::Bf16 => entry::<format::Bf16>,
@@ -228,8 +238,9 @@ macro_rules! entries {
                     Code::E4m3 => entry::<format::E4m3>,
                     Code::Int8 => entry::<format::Int8>,
                     Code::U8Zero => entry::<format::U8Zero>,
-                    Code::Nibble(_) => entry::<format::Nibble>,
-                    Code::NibbleZero(_) => entry::<format::NibbleZero>,
+                    Code::E2m1 => nibbles::<format::E2m1>,
+                    Code::U4 => nibbles::<format::U4>,
+                    Code::U4Zero => nibbles::<format::U4Zero>,
                 }
             }
 
@@ -241,6 +252,11 @@ macro_rules! entries {
                 out: &mut [f32; PANEL],
             ) {
                 math::activate(a, gate, up, out)
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn fix(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
+                fixed::row(x, order, group, out)
             }
         }
     };
@@ -271,5 +287,16 @@ pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::activate,
         _ => on_portable::activate,
+    }
+}
+
+/// The conversion to fixed point of an instruction set.
+pub(super) fn fix(isa: CpuIsa) -> FixFn {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx2 => on_avx2::fix,
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512 => on_avx512::fix,
+        _ => on_portable::fix,
     }
 }

@@ -1,11 +1,16 @@
 //! The vectorised CPU backend: weights stay in the checkpoint's number format and become float32 in registers.
 //!
 //! Weight-only and exact: activations and sums are float32. See `format` for the layout and `kernel` for the loop.
+//! With 4-bit weights products are integer ones, activations being brought into a fixed-point form that is as good as
+//! exact: see `fixed` for the form and `nibble` for the loop.
 
+mod codes;
+mod fixed;
 mod format;
 mod isa;
 mod kernel;
 mod math;
+mod nibble;
 mod pack;
 mod run;
 #[cfg(test)]
@@ -90,6 +95,7 @@ pub struct SimdExperts {
     expert_bytes: usize,
     activation: Activation,
     activate: kernel::ActivateFn,
+    fix: kernel::FixFn,
     isa: CpuIsa,
 }
 
@@ -134,6 +140,7 @@ impl SimdExperts {
             expert_bytes,
             activation,
             activate: kernel::activation(isa),
+            fix: kernel::fix(isa),
             isa,
         })
     }

@@ -1,13 +1,13 @@
 //! From canonical weights to panels.
 
-use super::PackError;
 use super::format::{Code, GroupScale, PANEL, STEP_BYTES, Shape};
-use crate::scheme::{Elem, number};
+use super::{PackError, codes};
+use crate::scheme::Elem;
 use crate::weights::{HalfType, Scales, WeightElem, WeightMatrix};
 
-fn bf16_table(f: impl Fn(u8) -> f32) -> [u16; 16] {
-    std::array::from_fn(|i| half::bf16::from_f32(f(i as u8)).to_bits())
-}
+/// The largest zero point of 4-bit weights for which sums stay within 32 bits (see `nibble`). Checkpoints have 16 at
+/// most.
+const MAX_ZERO_4BIT: u8 = 31;
 
 /// How a matrix will be packed.
 pub(super) fn shape(m: &WeightMatrix, bias: bool) -> Result<Shape, PackError> {
@@ -18,15 +18,21 @@ pub(super) fn shape(m: &WeightMatrix, bias: bool) -> Result<Shape, PackError> {
         WeightElem::F16 => Code::F16,
         WeightElem::Quant(Elem::E4m3) => Code::E4m3,
         WeightElem::Quant(Elem::Int8) => Code::Int8,
-        WeightElem::Quant(Elem::E2m1) => Code::Nibble(bf16_table(|c| number::E2M1[usize::from(c)])),
+        WeightElem::Quant(Elem::E2m1) => Code::E2m1,
         WeightElem::Quant(Elem::U8) if zero_points => Code::U8Zero,
         WeightElem::Quant(Elem::U8) => Code::Int8,
-        WeightElem::Quant(Elem::U4) if zero_points => Code::NibbleZero(bf16_table(f32::from)),
-        WeightElem::Quant(Elem::U4) => Code::Nibble(bf16_table(|c| f32::from(c) - 8.0)),
+        WeightElem::Quant(Elem::U4) if zero_points => Code::U4Zero,
+        WeightElem::Quant(Elem::U4) => Code::U4,
         WeightElem::Quant(e) => return unsupported(format!("{e:?} weights")),
     };
     if zero_points != code.zero_points() {
         return unsupported(format!("zero points for {:?} weights", m.elem));
+    }
+    if code == Code::U4Zero
+        && let Scales::Group { zero_points: Some(z), .. } = &m.scales
+        && let Some(z) = z.iter().find(|z| **z > MAX_ZERO_4BIT)
+    {
+        return unsupported(format!("4-bit weights with a zero point of {z}: the largest is {MAX_ZERO_4BIT}"));
     }
     let offset = matches!(m.elem, WeightElem::Quant(Elem::U4 | Elem::U8));
     let scale = match &m.scales {
@@ -67,7 +73,8 @@ fn factor(m: &WeightMatrix, shape: &Shape, row: usize) -> f32 {
         _ => 1.0,
     };
     let scales = if shape.scale == GroupScale::E4m3 { 256.0 } else { 1.0 };
-    base * scales
+    let codes = if shape.code == Code::E2m1 { 0.5 } else { 1.0 };
+    base * scales * codes
 }
 
 /// Writes the scale of `row` (`lane` of the panel) in group `g` to the group's scales.
@@ -112,7 +119,6 @@ pub(super) fn panel(
         }
     }
     let mut at = shape.head();
-    let step = shape.code.step();
     for g in 0..m.cols.div_ceil(shape.group) {
         let start = g * shape.group;
         let end = (start + shape.group).min(m.cols);
@@ -127,61 +133,8 @@ pub(super) fn panel(
             }
             at += PANEL;
         }
-        for k in (start..end).step_by(step) {
-            let block = &mut out[at..at + STEP_BYTES];
-            let mut columns = [0usize; 8];
-            let n = step.min(end - k);
-            for (i, c) in columns[..n].iter_mut().enumerate() {
-                *c = order.map_or(k + i, |o| o[k + i] as usize);
-            }
-            codes(m, first, rows, &columns[..n], block);
-            at += STEP_BYTES;
-        }
+        let bytes = (end - start).div_ceil(shape.code.step()) * STEP_BYTES;
+        codes::pack(m, shape.code, first, rows, start..end, order, &mut out[at..at + bytes]);
+        at += bytes;
     }
-}
-
-/// Packs the codes of one step.
-fn codes(m: &WeightMatrix, first: usize, rows: usize, columns: &[usize], out: &mut [u8]) {
-    for lane in 0..rows {
-        let row = (first + lane) * m.cols;
-        match m.elem {
-            WeightElem::Bf16 => {
-                for (k, c) in columns.iter().enumerate() {
-                    out[4 * lane + 2 * k..][..2].copy_from_slice(&m.codes[2 * (row + c)..][..2]);
-                }
-            }
-            WeightElem::F16 => {
-                for (k, c) in columns.iter().enumerate() {
-                    out[64 * k + 2 * lane..][..2].copy_from_slice(&m.codes[2 * (row + c)..][..2]);
-                }
-            }
-            WeightElem::Quant(Elem::E2m1 | Elem::U4) => {
-                for (k, c) in columns.iter().enumerate() {
-                    out[pair_byte(lane, k)] |= number::nibble(&m.codes, row + c) << (k & 4);
-                }
-            }
-            WeightElem::Quant(Elem::E4m3) => {
-                for (k, c) in columns.iter().enumerate() {
-                    out[pair_byte(lane, k)] = m.codes[row + c];
-                }
-            }
-            WeightElem::Quant(e) => {
-                // U8 without zero points means code - 128: flipping the top bit makes that two's complement.
-                let flip = match &m.scales {
-                    Scales::Group { zero_points: Some(_), .. } => 0,
-                    _ if e == Elem::U8 => 0x80,
-                    _ => 0,
-                };
-                for (k, c) in columns.iter().enumerate() {
-                    out[32 * k + lane] = m.codes[row + c] ^ flip;
-                }
-            }
-        }
-    }
-}
-
-/// Where column `k` of a step lies: the kernel's unpacking takes columns 0 and 1 (and 4 and 5, in the high nibbles) from
-/// the low 8 bytes of 16 and the others from the high 8, four rows each.
-fn pair_byte(lane: usize, k: usize) -> usize {
-    lane / 4 * 16 + (k & 2) * 4 + lane % 4 * 2 + (k & 1)
 }

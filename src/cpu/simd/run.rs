@@ -1,11 +1,12 @@
-//! A call of the packed experts: tasks over (segment, panel), first gate, up and activation, then down.
+//! A call of the packed experts: tasks over (segment, panel), first gate, up and activation, then down. Before each of
+//! the two, where it is needed, a phase over rows brings inputs into the column order and the form that kernels read.
 //!
 //! That tasks do not race rests on what [`Executor::run`] promises: each index once, all done when it returns.
 
 use super::format::PANEL;
 use super::kernel::{CHUNK, Job};
 use super::{Projection, SimdExperts};
-use crate::cpu::{Executor, Experts, ExpertsCall, Segment, padded};
+use crate::cpu::{Executor, Experts, ExpertsCall, Segment, SingleThread, padded};
 use crate::platform::CpuIsa;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -25,15 +26,35 @@ impl Shared {
     }
 }
 
-/// Scratch: rows per assignment, in this order.
+/// Rows of scratch, one per assignment.
+#[derive(Clone, Copy)]
 struct Scratch {
-    /// Inputs of gate in its packed order (only of experts that have one).
-    gate: Shared,
-    /// The same of up.
-    up: Shared,
-    /// The activation's results, in down's packed order.
-    mid: Shared,
+    rows: Shared,
+    /// Elements of a row.
+    stride: usize,
 }
+
+impl Scratch {
+    fn row(self, assignment: usize) -> *mut f32 {
+        self.rows.0.wrapping_add(assignment * self.stride)
+    }
+}
+
+/// Everything in scratch, in this order. What is not needed has rows of no elements.
+#[derive(Clone, Copy)]
+struct Parts {
+    /// Up's inputs, in its packed order or its fixed-point form.
+    up: Scratch,
+    /// The same of gate, unless it reads up's.
+    gate: Scratch,
+    /// The activation's results, in down's packed order.
+    mid: Scratch,
+    /// Their fixed-point form.
+    fixed_mid: Scratch,
+}
+
+/// Elements of work that are not worth waking other threads for.
+const ALONE: usize = 1 << 15;
 
 impl SimdExperts {
     fn hidden(&self) -> usize {
@@ -74,27 +95,90 @@ impl SimdExperts {
         assert!(end == n, "segments do not cover the assignments");
     }
 
-    /// Brings the inputs of a segment into its expert's column orders.
-    fn permute(&self, call: &ExpertsCall<'_>, segment: &Segment, scratch: &Scratch) {
-        let stride = padded(self.hidden());
-        let orders = &self.orders[segment.expert as usize];
-        for (order, to) in [(&orders.gate, scratch.gate), (&orders.up, scratch.up)] {
-            let Some(order) = order else { continue };
-            for a in segment.start as usize..(segment.start + segment.len) as usize {
-                let input = &call.input[call.assignments[a].input_row as usize * call.input_stride..];
-                let row = to.row(a, stride);
-                for (i, &c) in order.iter().enumerate() {
-                    // SAFETY: `check` saw that scratch has rows of `stride >= order.len()` elements per assignment,
-                    // and that no other segment, hence no other task, has this assignment.
-                    unsafe { row.add(i).write(input[c as usize]) };
-                }
+    /// Elements of a row of scratch for a first projection's inputs.
+    fn input_len(&self, p: &Projection) -> usize {
+        match p.shape.code.fixed() {
+            true => p.shape.fixed_len(),
+            false if self.permuted => padded(self.hidden()),
+            false => 0,
+        }
+    }
+
+    /// Whether gate reads the inputs that up reads.
+    fn shared_input(&self) -> bool {
+        let fixed_alike = |g: &Projection| {
+            let (g, u) = (&g.shape, &self.up.shape);
+            g.code.fixed() && u.code.fixed() && g.group == u.group
+        };
+        !self.permuted && self.gate.as_ref().is_some_and(fixed_alike)
+    }
+
+    /// Elements per row of each part of scratch.
+    fn strides(&self) -> [usize; 4] {
+        let gate = match &self.gate {
+            Some(g) if !self.shared_input() => self.input_len(g),
+            _ => 0,
+        };
+        [self.input_len(&self.up), gate, padded(self.intermediate()), self.down.shape.fixed_len()]
+    }
+
+    fn parts(&self, assignments: usize, scratch: &mut [f32]) -> Parts {
+        let mut rest = scratch.as_mut_ptr();
+        let [up, gate, mid, fixed_mid] = self.strides().map(|stride| {
+            let part = Scratch { rows: Shared(rest), stride };
+            rest = rest.wrapping_add(assignments * stride);
+            part
+        });
+        Parts { up, gate, mid, fixed_mid }
+    }
+
+    /// The assignment whose rows of scratch hold the inputs of assignment `a`: that of a token that all share, as in
+    /// decoding a single one, is made once.
+    fn input_of(&self, call: &ExpertsCall<'_>, a: usize) -> usize {
+        let alike = !self.permuted && call.assignments[a].input_row == call.assignments[0].input_row;
+        if alike { 0 } else { a }
+    }
+
+    /// Brings the input of an assignment into the orders of its expert's columns, and into fixed point.
+    fn prepare(&self, call: &ExpertsCall<'_>, a: usize, parts: &Parts) {
+        if self.input_of(call, a) != a {
+            return;
+        }
+        let segment = call.segments.partition_point(|s| s.start as usize <= a) - 1;
+        let orders = &self.orders[call.segments[segment].expert as usize];
+        let input = &call.input[call.assignments[a].input_row as usize * call.input_stride..][..self.hidden()];
+        let gate = self.gate.as_ref().filter(|_| !self.shared_input());
+        let first = [gate.map(|g| (g, &orders.gate, parts.gate)), Some((&self.up, &orders.up, parts.up))];
+        for (p, order, to) in first.into_iter().flatten() {
+            let fixed = p.shape.code.fixed();
+            if !fixed && order.is_none() {
+                continue;
+            }
+            // SAFETY: `strides` gave scratch rows of so many elements per assignment, `check` saw that it is so large,
+            // and no other task has this assignment.
+            let row = unsafe { std::slice::from_raw_parts_mut(to.row(a), to.stride) };
+            match order {
+                // SAFETY: `new` checked the instruction set.
+                _ if fixed => unsafe { (self.fix)(input, order.as_deref(), p.shape.group, row) },
+                Some(order) => row.iter_mut().zip(order).for_each(|(x, c)| *x = input[*c as usize]),
+                None => {}
             }
         }
     }
 
+    /// Brings the activation's results of an assignment into fixed point.
+    fn fix_mid(&self, a: usize, parts: &Parts) {
+        // SAFETY: the first phase wrote all I elements of this row of scratch and nobody writes them in this one.
+        let mid = unsafe { std::slice::from_raw_parts(parts.mid.row(a), self.intermediate()) };
+        // SAFETY: as in `prepare`.
+        let row = unsafe { std::slice::from_raw_parts_mut(parts.fixed_mid.row(a), parts.fixed_mid.stride) };
+        // SAFETY: `new` checked the instruction set.
+        unsafe { (self.fix)(mid, None, self.down.shape.group, row) };
+    }
+
     /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment.
-    fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, scratch: &Scratch) {
-        let (expert, hidden) = (segment.expert as usize, padded(self.hidden()));
+    fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
+        let expert = segment.expert as usize;
         let orders = &self.orders[expert];
         let (gate_panel, up_panel) = self.panels(expert, panel, false);
         let rows = PANEL.min(self.intermediate() - panel * PANEL);
@@ -102,30 +186,30 @@ impl SimdExperts {
         let (mut gate, mut up) = ([[0f32; PANEL]; CHUNK], [[0f32; PANEL]; CHUNK]);
         for at in (start..end).step_by(CHUNK) {
             let n = CHUNK.min(end - at);
-            let input = |permuted: bool, from: Shared| {
+            let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
                 let mut x = [std::ptr::null::<f32>(); CHUNK];
                 for (i, a) in call.assignments[at..at + n].iter().enumerate() {
-                    x[i] = match permuted {
-                        true => from.row(at + i, hidden),
+                    x[i] = match p.shape.code.fixed() || order.is_some() {
+                        true => from.row(self.input_of(call, at + i)),
                         false => call.input[a.input_row as usize * call.input_stride..].as_ptr(),
                     };
                 }
                 x
             };
             if let Some(g) = &self.gate {
-                let x = input(orders.gate.is_some(), scratch.gate);
+                let x = input(g, &orders.gate, if self.shared_input() { parts.up } else { parts.gate });
                 // SAFETY: `x` holds rows of the input, whose stride is at least H, or of scratch, whose rows were
-                // written for all H columns by `permute` before this phase.
+                // written by `prepare` before this phase: for all H columns, or with the whole fixed-point form.
                 unsafe { multiply(g, gate_panel, &x[..n], &mut gate[..n]) };
             }
-            let x = input(orders.up.is_some(), scratch.up);
+            let x = input(&self.up, &orders.up, parts.up);
             // SAFETY: as for gate.
             unsafe { multiply(&self.up, up_panel, &x[..n], &mut up[..n]) };
             for i in 0..n {
                 let mut mid = [0f32; PANEL];
                 // SAFETY: `new` checked the instruction set.
                 unsafe { (self.activate)(self.activation, &gate[i], &up[i], &mut mid) };
-                let row = scratch.mid.row(at + i, padded(self.intermediate()));
+                let row = parts.mid.row(at + i);
                 for (j, value) in mid[..rows].iter().enumerate() {
                     let column = panel * PANEL + j;
                     let column = orders.down.as_ref().map_or(column, |order| order[column] as usize);
@@ -139,9 +223,10 @@ impl SimdExperts {
     }
 
     /// Rows `panel * 32 ..` of down, for the assignments of a segment.
-    fn second(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, scratch: &Scratch, output: Shared) {
+    fn second(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts, output: Shared) {
         let (_, bytes) = self.panels(segment.expert as usize, panel, true);
-        let (hidden, stride) = (self.hidden(), padded(self.intermediate()));
+        let hidden = self.hidden();
+        let from = if self.down.shape.code.fixed() { parts.fixed_mid } else { parts.mid };
         let rows = PANEL.min(hidden - panel * PANEL);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
         let mut out = [[0f32; PANEL]; CHUNK];
@@ -149,10 +234,10 @@ impl SimdExperts {
             let n = CHUNK.min(end - at);
             let mut x = [std::ptr::null::<f32>(); CHUNK];
             for (i, x) in x[..n].iter_mut().enumerate() {
-                *x = scratch.mid.row(at + i, stride);
+                *x = from.row(at + i);
             }
-            // SAFETY: `x` holds rows of scratch, of which the first phase wrote all I columns, and which nobody
-            // writes in this phase.
+            // SAFETY: `x` holds rows of scratch, of which the phases before wrote all I columns or the whole
+            // fixed-point form, and which nobody writes in this phase.
             unsafe { multiply(&self.down, bytes, &x[..n], &mut out[..n]) };
             for (a, out) in call.assignments[at..at + n].iter().zip(&out) {
                 write_row(output.row(a.output_row as usize, hidden).wrapping_add(panel * PANEL), &out[..rows]);
@@ -189,27 +274,28 @@ unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], out: &mut [[f
 /// not exist, or if segments do not cover the assignments one after the other.
 impl Experts for SimdExperts {
     fn scratch_len(&self, assignments: usize) -> usize {
-        let copies = if self.permuted { 1 + usize::from(self.gate.is_some()) } else { 0 };
-        assignments * (copies * padded(self.hidden()) + padded(self.intermediate()))
+        assignments * self.strides().iter().sum::<usize>()
     }
 
     fn run(&self, call: ExpertsCall<'_>, scratch: &mut [f32], output: &mut [f32], pool: &dyn Executor) {
         self.check(&call, scratch, output);
         let n = call.assignments.len();
-        let copy = if self.permuted { n * padded(self.hidden()) } else { 0 };
-        let up = Shared(scratch.as_mut_ptr());
-        let mid = Shared(up.0.wrapping_add(copy));
-        // Behind the others, since it is the one that may be missing.
-        let gate = Shared(mid.0.wrapping_add(n * padded(self.intermediate())));
-        let parts = Scratch { gate, up, mid };
+        let parts = self.parts(n, scratch);
         let output = Shared(output.as_mut_ptr());
-        if self.permuted {
-            pool.run(call.segments.len(), &|i| self.permute(&call, &call.segments[i], &parts));
+        let rows = |elements: usize, task: &(dyn Fn(usize) + Sync)| match n * elements <= ALONE {
+            true => SingleThread.run(n, task),
+            false => pool.run(n, task),
+        };
+        if parts.up.stride + parts.gate.stride > 0 {
+            rows(self.hidden(), &|a| self.prepare(&call, a, &parts));
         }
         let panels = self.up.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
             self.first(&call, &call.segments[i / panels], i % panels, &parts);
         });
+        if parts.fixed_mid.stride > 0 {
+            rows(self.intermediate(), &|a| self.fix_mid(a, &parts));
+        }
         let panels = self.down.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
             self.second(&call, &call.segments[i / panels], i % panels, &parts, output);

@@ -2,7 +2,7 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::{E4M3_BYTES, Isa};
+use super::{E2M1_BYTES, E4M3_BYTES, Isa};
 use std::arch::x86_64::*;
 
 /// 256-bit vectors.
@@ -12,7 +12,9 @@ pub(in super::super) struct Avx2;
 impl Isa for Avx2 {
     const LANES: usize = 8;
     type V = __m256;
-    type Lut = (__m256i, __m256i);
+    type Bytes = __m256i;
+    type Products = __m256i;
+    type Ints = __m256i;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -74,24 +76,6 @@ impl Isa for Avx2 {
         halves(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
-    unsafe fn lut(t: &[u16; 16]) -> (__m256i, __m256i) {
-        let (mut lo, mut hi) = ([0u8; 16], [0u8; 16]);
-        for i in 0..16 {
-            [lo[i], hi[i]] = t[i].to_le_bytes();
-        }
-        (
-            _mm256_broadcastsi128_si256(_mm_loadu_si128(lo.as_ptr().cast())),
-            _mm256_broadcastsi128_si256(_mm_loadu_si128(hi.as_ptr().cast())),
-        )
-    }
-    #[inline(always)]
-    unsafe fn nibbles<const HIGH: bool>(p: *const u8, (lo, hi): (__m256i, __m256i)) -> [__m256; 4] {
-        let bytes = _mm256_loadu_si256(p.cast());
-        let bytes = if HIGH { _mm256_srli_epi16(bytes, 4) } else { bytes };
-        let index = _mm256_and_si256(bytes, _mm256_set1_epi8(0xf));
-        pairs(_mm256_shuffle_epi8(lo, index), _mm256_shuffle_epi8(hi, index))
-    }
-    #[inline(always)]
     unsafe fn e4m3x4(p: *const u8) -> [__m256; 4] {
         let table = |t: &[u8; 16]| _mm256_broadcastsi128_si256(_mm_loadu_si128(t.as_ptr().cast()));
         let b = _mm256_loadu_si256(p.cast());
@@ -105,6 +89,51 @@ impl Isa for Avx2 {
         let lo = _mm256_and_si256(_mm256_slli_epi16(b, 4), _mm256_set1_epi8(0xf0_u8 as i8));
         let lo = _mm256_xor_si256(lo, _mm256_shuffle_epi8(table(&E4M3_BYTES.small_low), small));
         pairs(lo, hi)
+    }
+    #[inline(always)]
+    unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> __m256i {
+        let bytes = _mm256_loadu_si256(p.cast());
+        let bytes = if HIGH { _mm256_srli_epi16(bytes, 4) } else { bytes };
+        _mm256_and_si256(bytes, _mm256_set1_epi8(0xf))
+    }
+    #[inline(always)]
+    unsafe fn e2m1(codes: __m256i) -> __m256i {
+        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(E2M1_BYTES.as_ptr().cast())), codes)
+    }
+    #[inline(always)]
+    unsafe fn four(p: *const u8) -> __m256i {
+        _mm256_set1_epi32(p.cast::<i32>().read_unaligned())
+    }
+    #[inline(always)]
+    unsafe fn no_products() -> __m256i {
+        _mm256_setzero_si256()
+    }
+    #[inline(always)]
+    unsafe fn add_products(sums: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+        _mm256_add_epi16(sums, _mm256_maddubs_epi16(unsigned, signed))
+    }
+    #[inline(always)]
+    unsafe fn total([p2, p1, p0]: [__m256i; 3]) -> __m256i {
+        let p2 = _mm256_madd_epi16(p2, _mm256_set1_epi16(1 << 14));
+        let p1 = _mm256_madd_epi16(p1, _mm256_set1_epi16(1 << 7));
+        let p0 = _mm256_madd_epi16(p0, _mm256_set1_epi16(1));
+        _mm256_add_epi32(p2, _mm256_add_epi32(p1, p0))
+    }
+    #[inline(always)]
+    unsafe fn splat_int(x: i32) -> __m256i {
+        _mm256_set1_epi32(x)
+    }
+    #[inline(always)]
+    unsafe fn u8_int(p: *const u8) -> __m256i {
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn corrected(total: __m256i, zero: __m256i, sum: __m256i) -> __m256i {
+        _mm256_sub_epi32(total, _mm256_mullo_epi32(zero, sum))
+    }
+    #[inline(always)]
+    unsafe fn to_float(x: __m256i) -> __m256 {
+        _mm256_cvtepi32_ps(x)
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {

@@ -2,7 +2,7 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::{E4M3_BYTES, Isa};
+use super::{E2M1_BYTES, E4M3_BYTES, Isa};
 use std::arch::x86_64::*;
 
 /// 512-bit vectors.
@@ -12,7 +12,9 @@ pub(in super::super) struct Avx512;
 impl Isa for Avx512 {
     const LANES: usize = 16;
     type V = __m512;
-    type Lut = (__m512i, __m512i);
+    type Bytes = __m512i;
+    type Products = __m512i;
+    type Ints = __m512i;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -74,24 +76,6 @@ impl Isa for Avx512 {
         halves(_mm512_loadu_si512(p.cast()))
     }
     #[inline(always)]
-    unsafe fn lut(t: &[u16; 16]) -> (__m512i, __m512i) {
-        let (mut lo, mut hi) = ([0u8; 16], [0u8; 16]);
-        for i in 0..16 {
-            [lo[i], hi[i]] = t[i].to_le_bytes();
-        }
-        (
-            _mm512_broadcast_i32x4(_mm_loadu_si128(lo.as_ptr().cast())),
-            _mm512_broadcast_i32x4(_mm_loadu_si128(hi.as_ptr().cast())),
-        )
-    }
-    #[inline(always)]
-    unsafe fn nibbles<const HIGH: bool>(p: *const u8, (lo, hi): (__m512i, __m512i)) -> [__m512; 4] {
-        let bytes = _mm512_loadu_si512(p.cast());
-        let bytes = if HIGH { _mm512_srli_epi16(bytes, 4) } else { bytes };
-        let index = _mm512_and_si512(bytes, _mm512_set1_epi8(0xf));
-        pairs(_mm512_shuffle_epi8(lo, index), _mm512_shuffle_epi8(hi, index))
-    }
-    #[inline(always)]
     unsafe fn e4m3x4(p: *const u8) -> [__m512; 4] {
         let table = |t: &[u8; 16]| _mm512_broadcast_i32x4(_mm_loadu_si128(t.as_ptr().cast()));
         let b = _mm512_loadu_si512(p.cast());
@@ -105,6 +89,51 @@ impl Isa for Avx512 {
         let lo = _mm512_and_si512(_mm512_slli_epi16(b, 4), _mm512_set1_epi8(0xf0_u8 as i8));
         let lo = _mm512_xor_si512(lo, _mm512_shuffle_epi8(table(&E4M3_BYTES.small_low), small));
         pairs(lo, hi)
+    }
+    #[inline(always)]
+    unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> __m512i {
+        let bytes = _mm512_loadu_si512(p.cast());
+        let bytes = if HIGH { _mm512_srli_epi16(bytes, 4) } else { bytes };
+        _mm512_and_si512(bytes, _mm512_set1_epi8(0xf))
+    }
+    #[inline(always)]
+    unsafe fn e2m1(codes: __m512i) -> __m512i {
+        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(E2M1_BYTES.as_ptr().cast())), codes)
+    }
+    #[inline(always)]
+    unsafe fn four(p: *const u8) -> __m512i {
+        _mm512_set1_epi32(p.cast::<i32>().read_unaligned())
+    }
+    #[inline(always)]
+    unsafe fn no_products() -> __m512i {
+        _mm512_setzero_si512()
+    }
+    #[inline(always)]
+    unsafe fn add_products(sums: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
+        _mm512_add_epi16(sums, _mm512_maddubs_epi16(unsigned, signed))
+    }
+    #[inline(always)]
+    unsafe fn total([p2, p1, p0]: [__m512i; 3]) -> __m512i {
+        let p2 = _mm512_madd_epi16(p2, _mm512_set1_epi16(1 << 14));
+        let p1 = _mm512_madd_epi16(p1, _mm512_set1_epi16(1 << 7));
+        let p0 = _mm512_madd_epi16(p0, _mm512_set1_epi16(1));
+        _mm512_add_epi32(p2, _mm512_add_epi32(p1, p0))
+    }
+    #[inline(always)]
+    unsafe fn splat_int(x: i32) -> __m512i {
+        _mm512_set1_epi32(x)
+    }
+    #[inline(always)]
+    unsafe fn u8_int(p: *const u8) -> __m512i {
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))
+    }
+    #[inline(always)]
+    unsafe fn corrected(total: __m512i, zero: __m512i, sum: __m512i) -> __m512i {
+        _mm512_sub_epi32(total, _mm512_mullo_epi32(zero, sum))
+    }
+    #[inline(always)]
+    unsafe fn to_float(x: __m512i) -> __m512 {
+        _mm512_cvtepi32_ps(x)
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {

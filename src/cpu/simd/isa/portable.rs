@@ -2,7 +2,7 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::Isa;
+use super::{E2M1_BYTES, Isa, pair_byte};
 use crate::scheme::number::{E4M3, E8M0};
 
 /// Whatever the compiler makes of arrays.
@@ -21,16 +21,13 @@ unsafe fn u16_at(p: *const u8, i: usize) -> u16 {
     u16::from_le_bytes(p.add(2 * i).cast::<[u8; 2]>().read())
 }
 
-/// Where column `k` of row `i` lies, 4 columns being a step (or half of one).
-#[inline(always)]
-fn pair_byte(i: usize, k: usize) -> usize {
-    i / 4 * 16 + (k & 2) * 4 + i % 4 * 2 + (k & 1)
-}
-
 impl Isa for Portable {
     const LANES: usize = N;
     type V = [f32; N];
-    type Lut = [f32; 16];
+    // Widened, and a sum for every column of four: what compilers vectorise without special instructions.
+    type Bytes = [i16; 4 * N];
+    type Products = [i16; 4 * N];
+    type Ints = [i32; N];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> [f32; N] {
@@ -93,21 +90,51 @@ impl Isa for Portable {
         )
     }
     #[inline(always)]
-    unsafe fn lut(t: &[u16; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| f32::from_bits(u32::from(t[i]) << 16))
-    }
-    #[inline(always)]
-    unsafe fn nibbles<const HIGH: bool>(p: *const u8, lut: [f32; 16]) -> [[f32; N]; 4] {
-        std::array::from_fn(|k| {
-            each(|i| {
-                let byte = p.add(pair_byte(i, k)).read();
-                lut[usize::from(if HIGH { byte >> 4 } else { byte & 0xf })]
-            })
-        })
-    }
-    #[inline(always)]
     unsafe fn e4m3x4(p: *const u8) -> [[f32; N]; 4] {
         std::array::from_fn(|k| each(|i| E4M3[p.add(pair_byte(i, k)).read() as usize]))
+    }
+    #[inline(always)]
+    unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> [i16; 4 * N] {
+        let bytes = p.cast::<[u8; 4 * N]>().read();
+        std::array::from_fn(|i| i16::from(if HIGH { bytes[i] >> 4 } else { bytes[i] & 0xf }))
+    }
+    #[inline(always)]
+    unsafe fn e2m1(codes: [i16; 4 * N]) -> [i16; 4 * N] {
+        codes.map(|c| i16::from(E2M1_BYTES[usize::from(c as u8 & 0xf)]))
+    }
+    #[inline(always)]
+    unsafe fn four(p: *const u8) -> [i16; 4 * N] {
+        let x = p.cast::<[i8; 4]>().read();
+        std::array::from_fn(|i| i16::from(x[i % 4]))
+    }
+    #[inline(always)]
+    unsafe fn no_products() -> [i16; 4 * N] {
+        [0; 4 * N]
+    }
+    #[inline(always)]
+    unsafe fn add_products(sums: [i16; 4 * N], unsigned: [i16; 4 * N], signed: [i16; 4 * N]) -> [i16; 4 * N] {
+        std::array::from_fn(|i| sums[i].wrapping_add(unsigned[i].wrapping_mul(signed[i])))
+    }
+    #[inline(always)]
+    unsafe fn total([p2, p1, p0]: [[i16; 4 * N]; 3]) -> [i32; N] {
+        let sum = |p: &[i16; 4 * N], i: usize| p[4 * i..4 * i + 4].iter().map(|s| i32::from(*s)).sum::<i32>();
+        std::array::from_fn(|i| (sum(&p2, i) << 14) + (sum(&p1, i) << 7) + sum(&p0, i))
+    }
+    #[inline(always)]
+    unsafe fn splat_int(x: i32) -> [i32; N] {
+        [x; N]
+    }
+    #[inline(always)]
+    unsafe fn u8_int(p: *const u8) -> [i32; N] {
+        std::array::from_fn(|i| i32::from(p.add(i).read()))
+    }
+    #[inline(always)]
+    unsafe fn corrected(total: [i32; N], zero: [i32; N], sum: [i32; N]) -> [i32; N] {
+        std::array::from_fn(|i| total[i] - zero[i] * sum[i])
+    }
+    #[inline(always)]
+    unsafe fn to_float(x: [i32; N]) -> [f32; N] {
+        each(|i| x[i] as f32)
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
