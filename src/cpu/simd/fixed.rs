@@ -9,6 +9,7 @@
 //! of p0. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
 
 use super::format::STEP_4BIT;
+use std::ops::Range;
 
 /// Columns of a block. 32 keep sums of products within 16 bits; see `nibble`.
 pub(super) const BLOCK: usize = 32;
@@ -32,44 +33,48 @@ pub(super) fn row(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32
         let end = (start + group).min(x.len());
         for at in (start..end).step_by(BLOCK) {
             let n = BLOCK.min(end - at);
-            let mut values = [0f32; BLOCK];
-            match order {
-                None => values[..n].copy_from_slice(&x[at..at + n]),
-                Some(order) => values.iter_mut().zip(&order[at..at + n]).for_each(|(v, c)| *v = x[*c as usize]),
-            }
             let (this, rest) = out.split_at_mut(HEAD + n.next_multiple_of(STEP_4BIT) * PARTS);
-            block(&values, this);
+            block(x, order, at..at + n, this);
             out = rest;
         }
     }
 }
 
-/// One block; columns beyond those that `out` has room for are zero.
+/// The block of these columns, padded with zeros as `out` is long. Loops run over whole steps, their number unknown to
+/// the compiler, which vectorises them for that.
 #[inline(always)]
-fn block(x: &[f32; BLOCK], out: &mut [u8]) {
+fn block(x: &[f32], order: Option<&[u32]>, columns: Range<usize>, out: &mut [u8]) {
     // 1.5 * 2^23: adding it rounds to nearest and leaves the integer in the low bits.
     const MAGIC: f32 = 12_582_912.0;
-    let largest = x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
-    let finite = largest < 0x7f80_0000;
+    let (head, body) = out.split_at_mut(HEAD);
+    let n = body.len() / PARTS;
+    let (mut values, mut parts) = ([0f32; BLOCK], [[0i8; BLOCK]; PARTS]);
+    match order {
+        None => values.iter_mut().zip(&x[columns]).for_each(|(v, x)| *v = *x),
+        Some(order) => values.iter_mut().zip(&order[columns]).for_each(|(v, c)| *v = x[*c as usize]),
+    }
+    let values = &values[..n];
+    let largest = values.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
+    if largest >= f32::INFINITY.to_bits() {
+        head[..4].copy_from_slice(&f32::NAN.to_ne_bytes());
+        head[4..].fill(0);
+        body.fill(0);
+        return;
+    }
     // |x| < 2^(e - 126), e being the exponent's bits. The scale is 2^(e - 146), but no smaller than a normal number.
-    let exponent = if finite { (largest >> 23).max(20) - 19 } else { 127 };
-    let scale = if finite { f32::from_bits(exponent << 23) } else { f32::NAN };
+    let exponent = (largest >> 23).max(20) - 19;
     let inverse = f32::from_bits((254 - exponent) << 23);
-    let mut parts = [[0i8; BLOCK]; PARTS];
+    let [p2, p1, p0] = &mut parts;
     let mut sum = 0;
-    for i in 0..BLOCK {
-        let v = if finite { x[i] } else { 0.0 };
+    for (((v, p2), p1), p0) in values.iter().zip(p2).zip(p1).zip(p0) {
         let q = (v * inverse + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32;
         sum += q;
-        let p0 = ((q + 64) & 127) - 64;
-        let high = (q - p0) >> 7;
-        let p1 = ((high + 64) & 127) - 64;
-        parts[0][i] = ((high - p1) >> 7) as i8;
-        parts[1][i] = p1 as i8;
-        parts[2][i] = p0 as i8;
+        // The lowest part is what is left of q by rounding to a multiple of 2^7, and so on.
+        let high = (q + 64) >> 7;
+        let top = (high + 64) >> 7;
+        (*p2, *p1, *p0) = (top as i8, (high - (top << 7)) as i8, (q - (high << 7)) as i8);
     }
-    let (head, body) = out.split_at_mut(HEAD);
-    head[..4].copy_from_slice(&scale.to_ne_bytes());
+    head[..4].copy_from_slice(&f32::from_bits(exponent << 23).to_ne_bytes());
     head[4..].copy_from_slice(&i32::to_ne_bytes(sum));
     for (k, four) in body.chunks_exact_mut(4 * PARTS).enumerate() {
         for (part, four) in parts.iter().zip(four.chunks_exact_mut(4)) {

@@ -215,6 +215,8 @@ pub(super) trait Nibbles {
     const ZERO: bool;
     /// The offset otherwise.
     const OFFSET: i32;
+    /// Its formats have groups of 16 or 32.
+    const SMALL_GROUPS: bool;
 
     /// From codes to bytes.
     ///
@@ -234,6 +236,7 @@ pub(super) struct U4Zero;
 impl Nibbles for E2m1 {
     const ZERO: bool = false;
     const OFFSET: i32 = 12;
+    const SMALL_GROUPS: bool = true;
 
     #[inline(always)]
     unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
@@ -245,6 +248,7 @@ impl Nibbles for E2m1 {
 impl Nibbles for U4 {
     const ZERO: bool = false;
     const OFFSET: i32 = 8;
+    const SMALL_GROUPS: bool = false;
 
     #[inline(always)]
     unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
@@ -255,6 +259,7 @@ impl Nibbles for U4 {
 impl Nibbles for U4Zero {
     const ZERO: bool = true;
     const OFFSET: i32 = 0;
+    const SMALL_GROUPS: bool = false;
 
     #[inline(always)]
     unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {

@@ -69,8 +69,20 @@ pub(super) trait Isa: Copy {
     unsafe fn corrected(total: Self::Ints, zero: Self::Ints, sum: Self::Ints) -> Self::Ints;
     /// Rounded to nearest.
     unsafe fn to_float(x: Self::Ints) -> Self::V;
+    /// The same pointer, of which the compiler knows nothing: it will not keep in registers (or spill) what it read
+    /// through other copies.
+    fn anew(p: *const u8) -> *const u8;
     /// Asks for a cache line. Any address will do.
     unsafe fn prefetch(p: *const u8);
+}
+
+/// [`Isa::anew`]
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn anew(mut p: *const u8) -> *const u8 {
+    // SAFETY: there is no instruction in it.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(nomem, nostack, preserves_flags)) };
+    p
 }
 
 /// Where column `k` of the row `lane` of a panel lies in a step of e4m3 codes: unpacking takes columns 0 and 1 from the

@@ -12,7 +12,7 @@
 //! not depend on the instruction set, nor on which tokens are computed together.
 
 use super::fixed::{BLOCK, HEAD, PARTS};
-use super::format::{Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
+use super::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
 use super::isa::Isa;
 use super::kernel::{Job, PREFETCH};
 
@@ -24,19 +24,35 @@ use super::kernel::{Job, PREFETCH};
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn)]
 pub(super) unsafe fn panel<I: Isa, F: Nibbles>(job: &mut Job<'_>) {
+    // Scales that are read often have code of their own, without a choice per group.
+    match job.shape.scale {
+        GroupScale::E8m0 if F::SMALL_GROUPS => tokens::<I, F>(job, GroupScale::E8m0),
+        GroupScale::E4m3 if F::SMALL_GROUPS => tokens::<I, F>(job, GroupScale::E4m3),
+        scale => tokens::<I, F>(job, scale),
+    }
+}
+
+/// The same; `scale` is that of the shape.
+///
+/// # Safety
+///
+/// As for [`panel`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn tokens<I: Isa, F: Nibbles>(job: &mut Job<'_>, scale: GroupScale) {
     let tokens = job.x.len();
     let mut t = 0;
     while t + 2 <= tokens {
         // Twelve sums and what feeds them fit 32 registers, but not 16.
         if I::LANES == 16 {
-            tile::<I, F, 2, 2>(job, t);
+            tile::<I, F, 2, 2>(job, t, scale);
         } else {
-            tile::<I, F, 2, 1>(job, t);
+            tile::<I, F, 2, 1>(job, t, scale);
         }
         t += 2;
     }
     if t < tokens {
-        tile::<I, F, 1, 2>(job, t);
+        tile::<I, F, 1, 2>(job, t, scale);
     }
 }
 
@@ -47,66 +63,45 @@ pub(super) unsafe fn panel<I: Isa, F: Nibbles>(job: &mut Job<'_>) {
 /// As for [`panel`]; the tokens exist and `V * LANES` divides 32.
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
-unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize) {
+unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize, scale: GroupScale) {
     let shape = job.shape;
-    let (cols, group, scale) = (shape.cols, shape.group, shape.scale);
+    let (cols, group) = (shape.cols, shape.group);
     let base = job.panel.as_ptr();
     let mut p = base.add(shape.head());
     let mut x: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
     // Of the panel and of the group: in memory, since the registers are the block's.
-    let (mut acc, mut sum) = ([[0f32; PANEL]; M], [[0f32; PANEL]; M]);
+    let (mut acc, mut sum) = (Sums([[0f32; PANEL]; M]), Sums([[0f32; PANEL]; M]));
     let mut k = 0;
     while k < cols {
         let len = group.min(cols - k);
         let scales = p;
         let zeros = p.add(scale.bytes());
         p = if F::ZERO { zeros.add(PANEL) } else { zeros };
-        let mut done = 0;
-        while done < len {
-            let steps = BLOCK.min(len - done).div_ceil(STEP_4BIT);
-            let (first, last) = (done == 0, len - done <= BLOCK);
-            let mut row = 0;
-            while row < PANEL {
-                let mut zero = [I::splat_int(F::OFFSET); V];
-                if F::ZERO {
-                    for v in 0..V {
-                        zero[v] = I::u8_int(zeros.add(row + v * I::LANES));
-                    }
-                }
-                let codes = p.add(4 * row);
-                let y = match steps {
-                    1 => block::<I, F, M, V, 1>(codes, &x, zero),
-                    2 => block::<I, F, M, V, 2>(codes, &x, zero),
-                    3 => block::<I, F, M, V, 3>(codes, &x, zero),
-                    _ => block::<I, F, M, V, 4>(codes, &x, zero),
-                };
-                for v in 0..V {
-                    let at = row + v * I::LANES;
-                    let s = if last { scale.load::<I>(scales, at) } else { I::splat(1.0) };
-                    for m in 0..M {
-                        let (sum, acc) = (sum[m].as_mut_ptr().add(at), acc[m].as_mut_ptr().add(at));
-                        let y = if first { y[m][v] } else { I::add(I::load(sum), y[m][v]) };
-                        if last {
-                            I::store(acc, I::add(I::load(acc), I::mul(y, s)));
-                        } else {
-                            I::store(sum, y);
-                        }
-                    }
-                }
-                row += V * I::LANES;
+        let mut left = len;
+        while left > 0 {
+            let steps = BLOCK.min(left).div_ceil(STEP_4BIT);
+            let mut at = Place { p, x: &x, scale, scales, zeros, sum: &mut sum.0, acc: &mut acc.0 };
+            // The common sizes are unrolled.
+            match (steps, left == len, left <= BLOCK) {
+                (4, true, true) => at.rows::<I, F, V, 4, SINGLE>(4),
+                (2, true, true) => at.rows::<I, F, V, 2, SINGLE>(2),
+                (_, true, true) => at.rows::<I, F, V, 0, SINGLE>(steps),
+                (_, _, false) => at.rows::<I, F, V, 4, INNER>(4),
+                (4, ..) => at.rows::<I, F, V, 4, LAST>(4),
+                (..) => at.rows::<I, F, V, 0, LAST>(steps),
             }
             p = p.add(steps * STEP_BYTES);
             for x in &mut x {
                 *x = x.add(HEAD + steps * STEP_4BIT * PARTS);
             }
-            done += BLOCK;
+            left = left.saturating_sub(BLOCK);
         }
         k += len;
     }
     for m in 0..M {
         for at in (0..PANEL).step_by(I::LANES) {
             let factor = I::load(base.cast::<f32>().add(at));
-            let mut y = I::mul(I::load(acc[m].as_ptr().add(at)), factor);
+            let mut y = I::mul(I::load(acc.0[m].as_ptr().add(at)), factor);
             if shape.bias {
                 y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
             }
@@ -115,20 +110,96 @@ unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job
     }
 }
 
-/// The shares of a block of `STEPS` steps.
+/// Sums per row, aligned: what crosses cache lines is not forwarded from a store to the next load.
+#[repr(align(64))]
+struct Sums<const M: usize>([[f32; PANEL]; M]);
+
+/// A block that is its whole group.
+const SINGLE: u8 = 0;
+/// One of several, which others follow.
+const INNER: u8 = 1;
+/// The last of several.
+const LAST: u8 = 2;
+
+/// A block, and the sums that its shares go to.
+struct Place<'a, const M: usize> {
+    /// Its first step.
+    p: *const u8,
+    /// The forms of the same block.
+    x: &'a [*const u8; M],
+    scale: GroupScale,
+    /// The group's scales.
+    scales: *const u8,
+    /// The group's zero points, where the format has some.
+    zeros: *const u8,
+    /// Of the group so far, 0 between groups.
+    sum: &'a mut [[f32; PANEL]; M],
+    /// Of the panel.
+    acc: &'a mut [[f32; PANEL]; M],
+}
+
+impl<const M: usize> Place<'_, M> {
+    /// Adds the shares of the block, which has `steps` steps (`STEPS`, unless that is 0).
+    ///
+    /// # Safety
+    ///
+    /// As for [`tile`].
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn rows<I: Isa, F: Nibbles, const V: usize, const STEPS: usize, const WHERE: u8>(&mut self, steps: usize) {
+        let steps = if STEPS == 0 { steps } else { STEPS };
+        let mut row = 0;
+        while row < PANEL {
+            // Otherwise the compiler expands the few numbers of `x` to vectors once for all rows, and has no room.
+            let x = &self.x.map(I::anew);
+            let sums = dot::<I, F, M, V>(steps, self.p.add(4 * row), x);
+            let mut y = [[I::splat(0.0); V]; M];
+            for m in 0..M {
+                let scale = I::splat(x[m].cast::<f32>().read());
+                let sum = I::splat_int(x[m].add(4).cast::<i32>().read());
+                for v in 0..V {
+                    let zero = match F::ZERO {
+                        true => I::u8_int(self.zeros.add(row + v * I::LANES)),
+                        false => I::splat_int(F::OFFSET),
+                    };
+                    y[m][v] = I::mul(I::to_float(I::corrected(I::total(sums[m][v]), zero, sum)), scale);
+                }
+            }
+            for v in 0..V {
+                let at = row + v * I::LANES;
+                let s = if WHERE == INNER { I::splat(1.0) } else { self.scale.load::<I>(self.scales, at) };
+                for m in 0..M {
+                    let (sum, acc) = (self.sum[m].as_mut_ptr().add(at), self.acc[m].as_mut_ptr().add(at));
+                    let y = if WHERE == SINGLE { y[m][v] } else { I::add(I::load(sum), y[m][v]) };
+                    if WHERE == INNER {
+                        I::store(sum, y);
+                    } else {
+                        I::store(acc, I::add(I::load(acc), I::mul(y, s)));
+                    }
+                    if WHERE == LAST {
+                        I::store(sum, I::splat(0.0));
+                    }
+                }
+            }
+            row += V * I::LANES;
+        }
+    }
+}
+
+/// The sums of products of a block.
 ///
 /// # Safety
 ///
-/// As for [`tile`]; `p` is the first step's codes of the first row, each of `x` a block of so many steps.
+/// As for [`tile`]; `p` is the codes of the first row in the block's first step, each of `x` the block's form.
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
-unsafe fn block<I: Isa, F: Nibbles, const M: usize, const V: usize, const STEPS: usize>(
+unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
+    steps: usize,
     p: *const u8,
     x: &[*const u8; M],
-    zero: [I::Ints; V],
-) -> [[I::V; V]; M] {
+) -> [[[I::Products; PARTS]; V]; M] {
     let mut sums = [[[I::no_products(); PARTS]; V]; M];
-    for step in 0..STEPS {
+    for step in 0..steps {
         let p = p.add(step * STEP_BYTES);
         if M == 1 {
             for line in (0..4 * V * I::LANES).step_by(64) {
@@ -150,13 +221,5 @@ unsafe fn block<I: Isa, F: Nibbles, const M: usize, const V: usize, const STEPS:
             }
         }
     }
-    let mut y = [[I::splat(0.0); V]; M];
-    for m in 0..M {
-        let scale = I::splat(x[m].cast::<f32>().read());
-        let sum = I::splat_int(x[m].add(4).cast::<i32>().read());
-        for v in 0..V {
-            y[m][v] = I::mul(I::to_float(I::corrected(I::total(sums[m][v]), zero[v], sum)), scale);
-        }
-    }
-    y
+    sums
 }

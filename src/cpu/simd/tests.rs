@@ -1,5 +1,7 @@
 //! Packed experts against float64 over [`WeightMatrix::value`], and bit-equality of batches and thread counts.
 
+mod nibbles;
+
 use super::*;
 use crate::cpu::{Assignment, Experts, ExpertsCall, Segment, SingleThread, ThreadPool, padded};
 use crate::scheme::{Elem, Scheme, number};
@@ -369,5 +371,57 @@ proptest! {
     #[test]
     fn random_shapes(kind in 0..KINDS.len(), h in 1usize..5, i in 1usize..5, bias: bool, seed: u64) {
         check(KINDS[kind], 32 * h, 32 * i, Activation::SILU, bias, seed);
+    }
+}
+
+#[test]
+#[ignore]
+fn tmp_speed() {
+    let mut rng = Rng(3);
+    for kind in [
+        Kind::Mxfp4,
+        Kind::Nvfp4,
+        Kind::Group(Elem::U4, 128, false, false),
+        Kind::Group(Elem::U4, 128, true, false),
+        Kind::Row(Elem::E4m3),
+        Kind::Row(Elem::Int8),
+        Kind::Bf16,
+    ] {
+        let m = matrix(kind, 32, 2048, &mut rng);
+        let shape = pack::shape(&m, false).unwrap();
+        let mut bytes = vec![0; shape.panel_bytes()];
+        pack::panel(&m, &shape, None, None, 0, &mut bytes);
+        let x = rng.floats(2048);
+        for isa in [CpuIsa::Portable, CpuIsa::Avx2] {
+            let mut form = vec![0f32; shape.fixed_len()];
+            let mut fixns = f64::MAX;
+            if shape.code.fixed() {
+                for _ in 0..2000 {
+                    let t = std::time::Instant::now();
+                    unsafe { kernel::fix(isa)(&x, None, shape.group, &mut form) };
+                    fixns = fixns.min(t.elapsed().as_secs_f64() * 1e9);
+                }
+            }
+            let p = if shape.code.fixed() { form.as_ptr() } else { x.as_ptr() };
+            let k = kernel::kernel(isa, shape.code);
+            let mut line = String::new();
+            for n in [1, 2, 4, 8] {
+                let xs = vec![p; n];
+                let mut out = vec![[0f32; format::PANEL]; n];
+                let mut best = f64::MAX;
+                for _ in 0..3000 {
+                    let t = std::time::Instant::now();
+                    unsafe { k(&mut kernel::Job { shape: &shape, panel: &bytes, x: &xs, out: &mut out }) };
+                    best = best.min(t.elapsed().as_secs_f64() * 1e9);
+                }
+                line += &format!(
+                    "  n={n}: {:6.0} ns/token {:5.1} GB/s {:5.0} GF",
+                    best / n as f64,
+                    bytes.len() as f64 / best,
+                    2.0 * 32.0 * 2048.0 * n as f64 / best
+                );
+            }
+            println!("{kind:?} {} fix {fixns:.0} {line}", isa.name());
+        }
     }
 }

@@ -2,7 +2,7 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::{E2M1_BYTES, E4M3_BYTES, Isa};
+use super::{E2M1_BYTES, E4M3_BYTES, Isa, anew};
 use std::arch::x86_64::*;
 
 /// 512-bit vectors.
@@ -134,6 +134,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn to_float(x: __m512i) -> __m512 {
         _mm512_cvtepi32_ps(x)
+    }
+    #[inline(always)]
+    fn anew(p: *const u8) -> *const u8 {
+        anew(p)
     }
     #[inline(always)]
     unsafe fn prefetch(p: *const u8) {

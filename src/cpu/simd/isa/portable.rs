@@ -137,5 +137,9 @@ impl Isa for Portable {
         each(|i| x[i] as f32)
     }
     #[inline(always)]
+    fn anew(p: *const u8) -> *const u8 {
+        p
+    }
+    #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 }
