@@ -151,8 +151,11 @@ impl<const M: usize> Place<'_, M> {
         let mut row = 0;
         while row < PANEL {
             // Otherwise the compiler expands the few numbers of `x` to vectors once for all rows, and has no room.
-            let x = &self.x.map(I::anew);
-            let sums = dot::<I, F, M, V>(steps, self.p.add(4 * row), x);
+            let mut x = *self.x;
+            for x in &mut x {
+                *x = I::anew(*x);
+            }
+            let sums = dot::<I, F, M, V>(steps, self.p.add(4 * row), &x);
             let mut y = [[I::splat(0.0); V]; M];
             for m in 0..M {
                 let scale = I::splat(x[m].cast::<f32>().read());
@@ -207,10 +210,11 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
             }
         }
         for half in 0..2 {
-            let codes: [I::Bytes; V] = std::array::from_fn(|v| {
-                let p = p.add(4 * v * I::LANES);
-                F::decode::<I>(if half == 0 { I::nibbles::<false>(p) } else { I::nibbles::<true>(p) })
-            });
+            // No closure: one that is not inlined calls every intrinsic as a function.
+            let mut codes = [half_step::<I, F>(p, half); V];
+            for v in 1..V {
+                codes[v] = half_step::<I, F>(p.add(4 * v * I::LANES), half);
+            }
             for m in 0..M {
                 for part in 0..PARTS {
                     let four = I::four(x[m].add(HEAD + ((2 * step + half) * PARTS + part) * 4));
@@ -222,4 +226,15 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
         }
     }
     sums
+}
+
+/// Four columns of `LANES` rows.
+///
+/// # Safety
+///
+/// As for [`dot`]; `p` is the first of these rows in a step.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn half_step<I: Isa, F: Nibbles>(p: *const u8, half: usize) -> I::Bytes {
+    F::decode::<I>(if half == 0 { I::nibbles::<false>(p) } else { I::nibbles::<true>(p) })
 }

@@ -77,7 +77,6 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     unsafe fn e4m3x4(p: *const u8) -> [__m512; 4] {
-        let table = |t: &[u8; 16]| _mm512_broadcast_i32x4(_mm_loadu_si128(t.as_ptr().cast()));
         let b = _mm512_loadu_si512(p.cast());
         let top = _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(0xf));
         // From 0x80 on, that is for codes from 16 on, a look-up by this gives 0.
@@ -98,7 +97,7 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     unsafe fn e2m1(codes: __m512i) -> __m512i {
-        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(E2M1_BYTES.as_ptr().cast())), codes)
+        _mm512_shuffle_epi8(table(&E2M1_BYTES), codes)
     }
     #[inline(always)]
     unsafe fn four(p: *const u8) -> __m512i {
@@ -143,6 +142,12 @@ impl Isa for Avx512 {
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast())
     }
+}
+
+/// Sixteen bytes to look up, in every 128 bits. (Not a closure: one that is not inlined calls intrinsics as functions.)
+#[inline(always)]
+unsafe fn table(t: &[u8; 16]) -> __m512i {
+    _mm512_broadcast_i32x4(_mm_loadu_si128(t.as_ptr().cast()))
 }
 
 /// Dwords of two bf16 to float32.
