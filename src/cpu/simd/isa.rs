@@ -79,6 +79,7 @@ pub(super) trait Isa: Copy {
 /// [`Isa::anew`]
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
+#[allow(clippy::pointers_in_nomem_asm_block)] // nothing is read through it there
 fn anew(mut p: *const u8) -> *const u8 {
     // SAFETY: there is no instruction in it.
     unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(nomem, nostack, preserves_flags)) };
