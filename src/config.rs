@@ -63,6 +63,55 @@ impl Activation {
     /// gpt-oss's.
     pub const SWIGLU_OAI: Self = Activation::SwigluOai { alpha: 1.702, beta: 1.0, limit: 7.0 };
 
+    /// One of each kind, with the parameters of the models that have it. The table's rows name them, and say which of
+    /// them a kernel computes by a bit each in this order.
+    pub const ALL: [Self; 11] = [
+        Activation::SILU,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::SWIGLU_OAI,
+        Activation::SwigluStep { limit: 7.0 },
+        Activation::Situ { beta: 1.0, linear_beta: None },
+        Activation::Relu2,
+        Activation::SiluNoMul,
+        Activation::GeluNoMul,
+        Activation::GeluTanhNoMul,
+        Activation::Relu2NoMul,
+    ];
+
+    /// The names of [`ALL`](Self::ALL).
+    pub const NAMES: [&str; Self::ALL.len()] = {
+        let mut names = [""; Self::ALL.len()];
+        let mut i = 0;
+        while i < names.len() {
+            names[i] = Self::ALL[i].name();
+            i += 1;
+        }
+        names
+    };
+
+    /// The place of its kind in [`ALL`](Self::ALL).
+    pub const fn index(self) -> usize {
+        match self {
+            Activation::Silu { .. } => 0,
+            Activation::Gelu => 1,
+            Activation::GeluTanh => 2,
+            Activation::SwigluOai { .. } => 3,
+            Activation::SwigluStep { .. } => 4,
+            Activation::Situ { .. } => 5,
+            Activation::Relu2 => 6,
+            Activation::SiluNoMul => 7,
+            Activation::GeluNoMul => 8,
+            Activation::GeluTanhNoMul => 9,
+            Activation::Relu2NoMul => 10,
+        }
+    }
+
+    /// The one of [`ALL`](Self::ALL) with this name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|a| a.name() == name)
+    }
+
     /// Whether it takes a gate.
     pub const fn gated(self) -> bool {
         !matches!(
@@ -237,6 +286,27 @@ pub enum ActivationFormat {
     Batched,
 }
 
+impl ActivationFormat {
+    /// Both; a kernel's formats are a bit each in this order.
+    pub const ALL: [Self; 2] = [ActivationFormat::Standard, ActivationFormat::Batched];
+
+    /// As the table and the command line write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ActivationFormat::Standard => "standard",
+            ActivationFormat::Batched => "batched",
+        }
+    }
+
+    /// The names of [`ALL`](Self::ALL).
+    pub const NAMES: [&str; 2] = [Self::ALL[0].name(), Self::ALL[1].name()];
+
+    /// The format of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|f| f.name() == name)
+    }
+}
+
 /// What carries tokens between ranks before and after the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum All2All {
@@ -346,5 +416,21 @@ impl MoeConfig {
             return Some("the activation's limit and betas must be positive and finite");
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_stands_once_in_its_list_and_at_its_index() {
+        for (i, a) in Activation::ALL.into_iter().enumerate() {
+            assert_eq!((a.index(), Activation::by_name(a.name())), (i, Some(a)));
+            assert!(a.valid(), "{a:?}");
+        }
+        for (i, f) in ActivationFormat::ALL.into_iter().enumerate() {
+            assert_eq!((f as usize, ActivationFormat::by_name(f.name())), (i, Some(f)));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The expansion, one function per kind of item.
 
-use moe_oracle_table::{ACTIVATIONS, Backend, FORMATS, Pair, Scheme, Table, camel};
+use moe_oracle_table::{Backend, Pair, Scheme, Table, Which, camel};
 use proc_macro2::TokenStream;
 use quote::{format_ident, quote};
 
@@ -38,8 +38,12 @@ fn key(constant: &Option<String>) -> TokenStream {
     }
 }
 
-fn bits<'a>(which: &[&'a str], every: &[&'a str]) -> u32 {
-    every.iter().enumerate().filter(|(_, n)| which.contains(n)).map(|(i, _)| 1 << i).sum()
+/// The bits of names that the crate owns, in the type whose `NAMES` they are.
+fn bits(which: &Which, owner: TokenStream) -> TokenStream {
+    match which {
+        Which::All(_) => quote!(named(&#owner::NAMES, &#owner::NAMES)),
+        Which::Some(names) => quote!(named(&[#(#names),*], &#owner::NAMES)),
+    }
 }
 
 fn scheme(s: &Scheme) -> TokenStream {
@@ -226,8 +230,8 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
         let (w, a) = (key(&p.weight), key(&p.activation));
         quote!((#w, #a))
     });
-    let activations = bits(&b.activations.of(ACTIVATIONS.into_iter()), &ACTIVATIONS);
-    let formats = bits(&b.formats.of(FORMATS.into_iter()), &FORMATS);
+    let activations = bits(&b.activations, quote!(crate::config::Activation));
+    let formats = bits(&b.formats, quote!(crate::config::ActivationFormat));
     let (name, min) = (&b.name, b.min);
     let device = if b.device == "cpu" { quote!(Device::Cpu) } else { quote!(Device::Cuda { min: #min }) };
     let numerics = if b.numerics == "as_keyed" { quote!(Numerics::AsKeyed) } else { quote!(Numerics::WeightOnly) };

@@ -60,6 +60,12 @@ pub trait Experts: Send + Sync {
     /// Number of experts.
     fn experts(&self) -> usize;
 
+    /// H, the columns of input and output rows.
+    fn hidden(&self) -> usize;
+
+    /// I, the columns between the GEMMs.
+    fn intermediate(&self) -> usize;
+
     /// The instruction set in use, for reports.
     fn isa(&self) -> crate::platform::CpuIsa;
 }

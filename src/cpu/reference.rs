@@ -145,6 +145,14 @@ impl Experts for ReferenceExperts {
         self.experts.len()
     }
 
+    fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    fn intermediate(&self) -> usize {
+        self.intermediate
+    }
+
     fn isa(&self) -> CpuIsa {
         CpuIsa::Portable
     }

@@ -123,9 +123,13 @@ impl<P: PrepareFinalize, X: Experts> MoeKernel<P, X> {
             }
             None => {}
         }
-        if experts.experts() != config.local_experts {
-            let (have, want) = (experts.experts(), config.local_experts);
-            return Err(ConvertError::Shape { what: "the number of experts", have, want });
+        let sizes = [
+            ("the number of experts", experts.experts(), config.local_experts),
+            ("the hidden size", experts.hidden(), config.hidden),
+            ("the intermediate size", experts.intermediate(), config.intermediate),
+        ];
+        if let Some(&(what, have, want)) = sizes.iter().find(|(_, have, want)| have != want) {
+            return Err(ConvertError::Shape { what, have, want });
         }
         Ok(Self { config: *config, experts, map, prepare: PhantomData })
     }
@@ -158,7 +162,54 @@ impl Experts for Box<dyn Experts> {
     fn experts(&self) -> usize {
         (**self).experts()
     }
+    fn hidden(&self) -> usize {
+        (**self).hidden()
+    }
+    fn intermediate(&self) -> usize {
+        (**self).intermediate()
+    }
     fn isa(&self) -> crate::platform::CpuIsa {
         (**self).isa()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Experts that an engine made by hand: E, H, I.
+    struct Hand([usize; 3]);
+
+    impl Experts for Hand {
+        fn scratch_len(&self, _: usize) -> usize {
+            0
+        }
+        fn run(&self, _: ExpertsCall<'_>, _: &mut [f32], _: &mut [f32], _: &dyn Executor) {}
+        fn bytes_per_expert(&self) -> usize {
+            0
+        }
+        fn experts(&self) -> usize {
+            self.0[0]
+        }
+        fn hidden(&self) -> usize {
+            self.0[1]
+        }
+        fn intermediate(&self) -> usize {
+            self.0[2]
+        }
+        fn isa(&self) -> crate::platform::CpuIsa {
+            crate::platform::CpuIsa::Portable
+        }
+    }
+
+    #[test]
+    fn experts_of_other_sizes_than_the_layer_are_refused() {
+        let config = MoeConfig::new(4, 2, 64, 32);
+        let make = |sizes| MoeKernel::<Standard, _>::new(Hand(sizes), &config, None).map(|_| ());
+        make([4, 64, 32]).unwrap();
+        for (sizes, word) in [([3, 64, 32], "experts"), ([4, 32, 32], "hidden"), ([4, 64, 64], "intermediate")] {
+            let said = make(sizes).unwrap_err().to_string();
+            assert!(said.contains(word) && said.contains("layer's configuration"), "{said}");
+        }
     }
 }

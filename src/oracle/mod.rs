@@ -18,6 +18,7 @@ use crate::platform::Platform;
 use crate::scheme::*;
 use crate::weights::MoeWeights;
 use dynamic::Vtable;
+use select::named;
 
 /// What every backend enum offers.
 pub trait BackendEnum: Copy + Eq + std::fmt::Debug + Send + Sync + 'static {

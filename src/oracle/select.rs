@@ -1,6 +1,6 @@
 //! Selection: what a kernel is, whether it can serve a layer, and why not. All of it runs in const context.
 
-use crate::config::{ActivationFormat, All2All, MoeConfig};
+use crate::config::{Activation, ActivationFormat, All2All, MoeConfig};
 use crate::oracle::MoeBackend;
 use crate::platform::Platform;
 use crate::scheme::Scheme;
@@ -50,9 +50,9 @@ pub struct KernelInfo {
     pub experts: ExpertsKind,
     /// (weight, activation) keys it serves.
     pub pairs: &'static [(u64, u64)],
-    /// Activations, a bit each in the order of the table crate's list.
+    /// A bit for each place of [`Activation::ALL`]: see [`computes`](Self::computes).
     pub activations: u32,
-    /// Activation formats: bit 0 standard, bit 1 batched.
+    /// A bit for each place of [`ActivationFormat::ALL`]: see [`takes`](Self::takes).
     pub formats: u32,
 }
 
@@ -211,20 +211,44 @@ pub const fn pair_in(pairs: &[(u64, u64)], w: u64, a: u64) -> bool {
     false
 }
 
-const fn activation_bit(config: &MoeConfig) -> u32 {
-    use crate::config::Activation::*;
-    1 << match config.activation {
-        Silu { .. } => 0,
-        Gelu => 1,
-        GeluTanh => 2,
-        SwigluOai { .. } => 3,
-        SwigluStep { .. } => 4,
-        Situ { .. } => 5,
-        Relu2 => 6,
-        SiluNoMul => 7,
-        GeluNoMul => 8,
-        GeluTanhNoMul => 9,
-        Relu2NoMul => 10,
+/// A bit for each of `names` by its place in `all`. The table's names come here while the crate is compiled, so that one
+/// that the crate does not know stops the build.
+pub(super) const fn named(names: &[&str], all: &[&str]) -> u32 {
+    let mut bits = 0;
+    let mut i = 0;
+    while i < names.len() {
+        let mut place = 0;
+        while place < all.len() && !same(all[place], names[i]) {
+            place += 1;
+        }
+        assert!(
+            place < all.len(),
+            "the table names an activation or an activation format that the crate does not know"
+        );
+        bits |= 1 << place;
+        i += 1;
+    }
+    bits
+}
+
+const fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+impl KernelInfo {
+    /// Whether it computes this activation, whatever its parameters.
+    pub const fn computes(&self, activation: Activation) -> bool {
+        self.activations & 1 << activation.index() != 0
+    }
+
+    /// Whether it takes tokens in this format.
+    pub const fn takes(&self, format: ActivationFormat) -> bool {
+        self.formats & 1 << format as u32 != 0
     }
 }
 
@@ -256,15 +280,11 @@ pub const fn supports(
     if config.lora {
         return Err(Unsupported::Lora);
     }
-    if kernel.activations & activation_bit(config) == 0 {
+    if !kernel.computes(config.activation) {
         return Err(Unsupported::Activation(config.activation.name()));
     }
-    let (bit, format) = match config.format {
-        ActivationFormat::Standard => (1, "standard"),
-        ActivationFormat::Batched => (2, "batched"),
-    };
-    if kernel.formats & bit == 0 {
-        return Err(Unsupported::Format(format));
+    if !kernel.takes(config.format) {
+        return Err(Unsupported::Format(config.format.name()));
     }
     if matches!(config.parallel.all2all, All2All::Mori) {
         return Err(Unsupported::Transport);

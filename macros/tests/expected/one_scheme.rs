@@ -40,8 +40,8 @@ impl<const W: u64, const A: u64> Int8CudaMma<W, A> {
         numerics: Numerics::WeightOnly,
         experts: ExpertsKind::Cuda,
         pairs: &[(INT8_STATIC_CHANNEL_SYM.bits(), UNQUANTIZED)],
-        activations: 3u32,
-        formats: 1u32,
+        activations: named(&["silu", "gelu"], &crate::config::Activation::NAMES),
+        formats: named(&["standard"], &crate::config::ActivationFormat::NAMES),
     };
 }
 ///The `cpu_reference` kernel of the `int8` scheme: zero-sized, one type per key pair.
@@ -58,8 +58,14 @@ impl<const W: u64, const A: u64> Int8CpuReference<W, A> {
             (INT8_STATIC_CHANNEL_SYM.bits(), INT8_DYNAMIC_TOKEN_SYM.bits()),
             (INT8_STATIC_CHANNEL_SYM.bits(), UNQUANTIZED),
         ],
-        activations: 2047u32,
-        formats: 3u32,
+        activations: named(
+            &crate::config::Activation::NAMES,
+            &crate::config::Activation::NAMES,
+        ),
+        formats: named(
+            &crate::config::ActivationFormat::NAMES,
+            &crate::config::ActivationFormat::NAMES,
+        ),
     };
 }
 impl<const W: u64, const A: u64> Int8<W, A> {

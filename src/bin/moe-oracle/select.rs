@@ -2,6 +2,7 @@
 
 mod jsonl;
 mod layer;
+mod matrix;
 
 use crate::failure::{Failure, Out, Outcome};
 use clap::builder::PossibleValuesParser;
@@ -16,7 +17,7 @@ use std::path::PathBuf;
 
 /// Options of `select`.
 #[derive(clap::Args)]
-#[command(group = clap::ArgGroup::new("question").required(true).args(["scheme", "jsonl"]))]
+#[command(group = clap::ArgGroup::new("question").required(true).args(["scheme", "jsonl", "matrix"]))]
 pub struct Args {
     /// The quantisation scheme
     #[arg(long, value_parser = PossibleValuesParser::new(Scheme::ALL.map(Scheme::name)))]
@@ -24,6 +25,9 @@ pub struct Args {
     /// Answer every line of this file (`-` for stdin) with a line of JSON
     #[arg(long, value_name = "FILE")]
     jsonl: Option<PathBuf>,
+    /// Print what is supported, as the README has it
+    #[arg(long)]
+    matrix: bool,
     /// What the weights are, by name here or in vLLM; `none` for 16-bit ones
     #[arg(long, value_name = "NAME", value_parser = key)]
     weight_key: Option<Key>,
@@ -46,7 +50,7 @@ pub struct Args {
     #[arg(long, default_value_t = 768)]
     intermediate: usize,
     /// The function between the two GEMMs
-    #[arg(long, default_value = "silu", value_parser = PossibleValuesParser::new(layer::ACTIVATIONS))]
+    #[arg(long, default_value = "silu", value_parser = PossibleValuesParser::new(layer::activations()))]
     activation: String,
     /// The GEMMs have biases
     #[arg(long)]
@@ -55,7 +59,7 @@ pub struct Args {
     #[arg(long)]
     lora: bool,
     /// How tokens arrive
-    #[arg(long, default_value = "standard", value_parser = PossibleValuesParser::new(["standard", "batched"]))]
+    #[arg(long, default_value = "standard", value_parser = PossibleValuesParser::new(ActivationFormat::NAMES))]
     format: String,
     /// This backend or none
     #[arg(long, default_value = "auto", value_name = "NAME", value_parser = backend)]
@@ -140,10 +144,13 @@ struct Answer {
 
 /// Runs the command.
 pub fn run(args: Args) -> Outcome {
+    if args.matrix {
+        return matrix::run();
+    }
     match (&args.jsonl, args.scheme.as_deref().and_then(Scheme::by_name)) {
         (Some(file), _) => jsonl::run(file),
         (None, Some(scheme)) => one(&args, scheme),
-        (None, None) => Err(Failure::said("--scheme or --jsonl is needed")),
+        (None, None) => Err(Failure::said("--scheme, --jsonl or --matrix is needed")),
     }
 }
 
@@ -169,9 +176,7 @@ fn one(args: &Args, scheme: Scheme) -> Outcome {
     config.activation = layer::activation(&args.activation, layer::Parameters::default()).map_err(Failure::Said)?;
     config.bias = args.bias;
     config.lora = args.lora;
-    if args.format == "batched" {
-        config.format = ActivationFormat::Batched;
-    }
+    config.format = layer::format(&args.format).map_err(Failure::Said)?;
     let choice = oracle.select(&config, &args.platform, &SelectInputs::named(args.backend));
     let candidates = oracle.explain(&config, &args.platform);
     let mut out = Out::new();

@@ -310,6 +310,14 @@ impl Experts for SimdExperts {
         self.orders.len()
     }
 
+    fn hidden(&self) -> usize {
+        self.down.shape.rows
+    }
+
+    fn intermediate(&self) -> usize {
+        self.down.shape.cols
+    }
+
     fn isa(&self) -> CpuIsa {
         self.isa
     }

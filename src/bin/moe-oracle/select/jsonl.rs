@@ -2,7 +2,7 @@
 
 use super::{CandidateRow, layer, names_that_work, usual};
 use crate::failure::{Failure, Out, Outcome};
-use moe_oracle::config::{ActivationFormat, All2All, MoeConfig, Parallel, Routing};
+use moe_oracle::config::{All2All, MoeConfig, Parallel, Routing};
 use moe_oracle::oracle::{MoeBackend, SelectInputs, find};
 use moe_oracle::platform::Platform;
 use moe_oracle::scheme::{QuantKey, Scheme};
@@ -171,11 +171,7 @@ fn config(line: &Line) -> Result<MoeConfig, String> {
     config.bias = line.has_bias.unwrap_or(false);
     config.input = layer::input_type(line.in_dtype.as_deref().unwrap_or("bfloat16"))?;
     config.routing = Routing::new(layer::routing(line.routing_method.as_deref().unwrap_or("RenormalizeNaive"))?);
-    config.format = match line.activation_format.as_deref().unwrap_or("standard") {
-        "standard" => ActivationFormat::Standard,
-        "batched" => ActivationFormat::Batched,
-        other => return Err(format!("`{other}` is no activation format; there are standard and batched")),
-    };
+    config.format = line.activation_format.as_deref().map_or(Ok(config.format), layer::format)?;
     let mori = line.all2all_backend.as_deref().is_some_and(|n| n.starts_with("mori"));
     config.parallel = Parallel { tp, dp, ep, all2all: if mori { All2All::Mori } else { All2All::ByCaller } };
     config.lora = line.lora.unwrap_or(false);

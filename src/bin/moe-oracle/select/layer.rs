@@ -1,22 +1,15 @@
 //! From the names that engines use to the crate's own types.
 
-use moe_oracle::config::{Activation, InputType, RoutingMethod};
+use moe_oracle::config::{Activation, ActivationFormat, InputType, RoutingMethod};
 
-/// Every activation by name.
-pub const ACTIVATIONS: [&str; 12] = [
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "swigluoai",
-    "swigluoai_uninterleave",
-    "swiglustep",
-    "situ",
-    "relu2",
-    "silu_no_mul",
-    "gelu_no_mul",
-    "gelu_tanh_no_mul",
-    "relu2_no_mul",
-];
+/// Another engine's name for a swigluoai whose checkpoint is interleaved. That is a matter of the checkpoint's layout;
+/// canonical weights are uninterleaved either way.
+const UNINTERLEAVED: &str = "swigluoai_uninterleave";
+
+/// Every name of an activation.
+pub fn activations() -> impl Iterator<Item = &'static str> {
+    Activation::NAMES.into_iter().chain([UNINTERLEAVED])
+}
 
 /// Numbers that an activation may come with.
 #[derive(Clone, Copy, Default)]
@@ -33,25 +26,29 @@ pub struct Parameters {
 
 /// The activation of that name; parameters that did not come take the values of the models that have it.
 pub fn activation(name: &str, p: Parameters) -> Result<Activation, String> {
-    Ok(match name {
-        "silu" => Activation::Silu { limit: p.limit },
-        "gelu" => Activation::Gelu,
-        "gelu_tanh" => Activation::GeluTanh,
-        // Interleaving is a matter of the checkpoint's layout; canonical weights are uninterleaved either way.
-        "swigluoai" | "swigluoai_uninterleave" => Activation::SwigluOai {
-            alpha: p.alpha.unwrap_or(1.702),
-            beta: p.beta.unwrap_or(1.0),
-            limit: p.limit.unwrap_or(7.0),
+    let usual = Activation::by_name(if name == UNINTERLEAVED { Activation::SWIGLU_OAI.name() } else { name });
+    let usual = usual.ok_or_else(|| {
+        format!("`{name}` is no activation; there are {}", activations().collect::<Vec<_>>().join(", "))
+    })?;
+    Ok(match usual {
+        Activation::Silu { limit } => Activation::Silu { limit: p.limit.or(limit) },
+        Activation::SwigluOai { alpha, beta, limit } => Activation::SwigluOai {
+            alpha: p.alpha.unwrap_or(alpha),
+            beta: p.beta.unwrap_or(beta),
+            limit: p.limit.unwrap_or(limit),
         },
-        "swiglustep" => Activation::SwigluStep { limit: p.limit.unwrap_or(7.0) },
-        "situ" => Activation::Situ { beta: p.beta.unwrap_or(1.0), linear_beta: p.linear_beta },
-        "relu2" => Activation::Relu2,
-        "silu_no_mul" => Activation::SiluNoMul,
-        "gelu_no_mul" => Activation::GeluNoMul,
-        "gelu_tanh_no_mul" => Activation::GeluTanhNoMul,
-        "relu2_no_mul" => Activation::Relu2NoMul,
-        _ => return Err(format!("`{name}` is no activation; there are {}", ACTIVATIONS.join(", "))),
+        Activation::SwigluStep { limit } => Activation::SwigluStep { limit: p.limit.unwrap_or(limit) },
+        Activation::Situ { beta, linear_beta } => {
+            Activation::Situ { beta: p.beta.unwrap_or(beta), linear_beta: p.linear_beta.or(linear_beta) }
+        }
+        other => other,
     })
+}
+
+/// The activation format of that name.
+pub fn format(name: &str) -> Result<ActivationFormat, String> {
+    let known = ActivationFormat::NAMES.join(" and ");
+    ActivationFormat::by_name(name).ok_or_else(|| format!("`{name}` is no activation format; there are {known}"))
 }
 
 /// The hidden states' type by its torch name.
