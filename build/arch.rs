@@ -23,7 +23,7 @@ impl Arch {
             None => (text, ""),
         };
         // PTX of one chip or family is of no use to later ones.
-        let sensible = digits.bytes().all(|b| b.is_ascii_digit()) && !(ptx && !suffix.is_empty());
+        let sensible = digits.bytes().all(|b| b.is_ascii_digit()) && (suffix.is_empty() || !ptx);
         let number = digits.parse().ok().filter(|n| *n >= 80)?;
         sensible.then_some(Self { number, suffix, ptx })
     }

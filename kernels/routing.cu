@@ -1,7 +1,7 @@
 // Routing: logits [T, E] to expert ids and weights [T, k], one warp per token.
 //
-// Chooses exactly as src/kernel/routing.rs does on the CPU: what decides is computed by the same operations in the same
-// order, none of them fused (the __f*_rn functions never are). Equal scores go to the lowest index.
+// Gives the very bits of src/kernel/routing.rs on the CPU: the same operations in the same order, none of them fused
+// (the __f*_rn functions never are). Equal scores go to the lowest index.
 
 #include <cstdint>
 
@@ -86,7 +86,7 @@ __device__ __forceinline__ float warp_max(float x) {
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
+    for (int step = 16; step > 0; step >>= 1) x = __fadd_rn(x, __shfl_xor_sync(FULL, x, step));
     return x;
 }
 
@@ -177,7 +177,7 @@ __device__ void route(const Params& p, const float* __restrict__ logits, const f
             for (int v = 0; v < V; ++v) most = fmaxf(most, choice[v]);
             most = warp_max(most);
 #pragma unroll
-            for (int v = 0; v < V; ++v) sum += v * 32 + lane < p.experts ? exp_rn(choice[v] - most) : 0.0f;
+            for (int v = 0; v < V; ++v) sum = __fadd_rn(sum, v * 32 + lane < p.experts ? exp_rn(__fsub_rn(choice[v], most)) : 0.0f);
             sum = warp_sum(sum);
         }
         if (by_score) {
@@ -237,17 +237,17 @@ __device__ void route(const Params& p, const float* __restrict__ logits, const f
     const bool has = lane < p.topk;
     const float logit = has ? x[chosen] : -INF;
     float w = 0.0f;
-    const auto over_sum = [&](float eps) { w /= warp_sum(has ? w : 0.0f) + eps; };
+    const auto over_sum = [&](float eps) { w = __fdiv_rn(w, __fadd_rn(warp_sum(has ? w : 0.0f), eps)); };
     switch (p.method) {
         case DEFAULT:
-            w = exp_rn(logit - most) / sum;
+            w = __fdiv_rn(exp_rn(__fsub_rn(logit, most)), sum);
             break;
         case RENORMALIZE_NAIVE:
-            w = exp_rn(logit - most) / sum;
+            w = __fdiv_rn(exp_rn(__fsub_rn(logit, most)), sum);
             over_sum(0.0f);
             break;
         case RENORMALIZE:
-            w = exp_rn(logit - warp_max(logit));
+            w = exp_rn(__fsub_rn(logit, warp_max(logit)));
             over_sum(0.0f);
             break;
         case TOP_K:
@@ -268,7 +268,7 @@ __device__ void route(const Params& p, const float* __restrict__ logits, const f
     if (has) {
         const int64_t to = static_cast<int64_t>(token) * p.topk + lane;
         ids[to] = chosen;
-        weights[to] = w * p.scaling;
+        weights[to] = __fmul_rn(w, p.scaling);
     }
 }
 

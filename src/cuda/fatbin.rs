@@ -31,9 +31,11 @@ pub struct Resources {
 }
 
 /// Images start where the driver may read them in words.
+#[allow(dead_code)] // In a build without kernels.
 #[repr(C, align(64))]
 struct Aligned<T: ?Sized>(T);
 
+#[allow(unused_macros)] // In a build without kernels.
 macro_rules! image {
     ($path:literal) => {{
         static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), $path)));
@@ -43,7 +45,7 @@ macro_rules! image {
 
 // NOT_BUILT: why there are no kernels, if so. TOOLKIT: the CUDA version that compiled them. FATBINS: the kernels.
 mod generated {
-    #![allow(missing_docs)]
+    #![allow(missing_docs, unused_imports)]
     use super::{Aligned, Fatbin, Resources};
     include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 }

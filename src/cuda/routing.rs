@@ -1,5 +1,5 @@
 //! Routing on the GPU: [`route_token`](crate::kernel::routing::route_token) for many tokens at once, with the same
-//! choice of experts to the bit.
+//! experts and weights to the bit.
 
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;

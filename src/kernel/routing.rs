@@ -1,8 +1,8 @@
 //! Routing: from logits to expert ids and weights, in float32, one token at a time.
 //!
-//! Which experts are chosen is a matter of bits: a GPU must choose as this file does. So the scores that decide are
-//! made of additions, multiplications, divisions and square roots alone, which every machine rounds alike; and where a
-//! score only grows with the logit, the logits themselves decide.
+//! Which experts are chosen is a matter of bits: a GPU must choose as this file does. So everything is made of additions,
+//! multiplications, divisions and square roots in a fixed order, which every machine rounds alike; and where a score
+//! only grows with the logit, the logits themselves decide.
 
 use crate::config::{Routing, RoutingMethod};
 
@@ -79,7 +79,7 @@ fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
     // The first part of ln 2 has so few bits that n times it is exact.
-    let r = (x - n * 0.693_359_375) - n * -2.121_944_4e-4;
+    let r = (x - n * 0.693_359_4) - n * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p * r + c;
@@ -138,13 +138,26 @@ fn softmax(logits: &[f32], out: &mut [f32]) {
 
 fn softmax_in_place(x: &mut [f32]) {
     let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    x.iter_mut().for_each(|v| *v = (*v - max).exp());
+    x.iter_mut().for_each(|v| *v = exp(*v - max));
     divide_by_sum(x, 0.0);
 }
 
 fn divide_by_sum(x: &mut [f32], eps: f32) {
-    let sum = x.iter().sum::<f32>() + eps;
+    let sum = sum(x) + eps;
     x.iter_mut().for_each(|v| *v /= sum);
+}
+
+/// In the order of a GPU's warp: 32 sums of every 32nd element, then their halves onto each other.
+fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0.0; 32];
+    for row in x.chunks(32) {
+        lanes.iter_mut().zip(row).for_each(|(lane, v)| *lane += v);
+    }
+    for half in [16, 8, 4, 2, 1] {
+        let (low, high) = lanes.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(l, h)| *l += *h);
+    }
+    lanes[0]
 }
 
 /// Sets the scores outside the best groups to minus infinity; a group's score is the sum of its two best.
