@@ -4,6 +4,8 @@
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod kernel;
 pub mod layer;
 pub mod oracle;

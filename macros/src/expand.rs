@@ -235,11 +235,9 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
     let (name, min) = (&b.name, b.min);
     let device = if b.device == "cpu" { quote!(Device::Cpu) } else { quote!(Device::Cuda { min: #min }) };
     let numerics = if b.numerics == "as_keyed" { quote!(Numerics::AsKeyed) } else { quote!(Numerics::WeightOnly) };
-    let experts = match b.experts.as_str() {
-        "simd" => quote!(ExpertsKind::Simd),
-        "reference" => quote!(ExpertsKind::Reference),
-        _ => quote!(ExpertsKind::Cuda),
-    };
+    // The table's check leaves no other words.
+    let experts = format_ident!("{}", camel(&b.experts));
+    let experts = quote!(ExpertsKind::#experts);
     let doc = format!("The `{}` kernel of the `{}` scheme: zero-sized, one type per key pair.", b.name, s.name);
     quote! {
         #[doc = #doc]
@@ -317,14 +315,14 @@ mod tests {
         as_auto = ["humming"]
         [[scheme.backend]]
         name = "cuda_mma"
-        experts = "cuda"
+        experts = "mma"
         device = "cuda"
         min = 80
         numerics = "weight_only"
         pairs = ["Int8ChannelWeightOnly"]
         activations = ["silu", "gelu"]
         formats = ["standard"]
-        kernels = [{ file = "mma.cu" }]
+        kernels = [{ name = "mma_int8", file = "mma.cu" }]
         [[scheme.backend]]
         name = "cpu_reference"
         experts = "reference"

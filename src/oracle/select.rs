@@ -33,8 +33,12 @@ pub enum ExpertsKind {
     Simd,
     /// [`crate::cpu::reference::ReferenceExperts`]
     Reference,
-    /// A CUDA family.
-    Cuda,
+    /// CUDA kernels for few tokens.
+    Decode,
+    /// CUDA kernels on tensor cores, for many tokens.
+    Mma,
+    /// CUDA kernels that quantise activations as keyed and compute with the quantised values.
+    Emulation,
 }
 
 /// A row of the table.

@@ -2,7 +2,7 @@
 //! through this crate, so that they cannot disagree on it.
 
 use serde::Deserialize;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The whole table.
 #[derive(Debug, Deserialize)]
@@ -10,6 +10,28 @@ use std::collections::BTreeSet;
 pub struct Table {
     /// The schemes, in the order of their enum.
     pub scheme: Vec<Scheme>,
+    /// CUDA specialisations that no scheme's row owns: routing, quantisers, sums.
+    #[serde(default)]
+    pub shared_kernel: Vec<Kernel>,
+}
+
+impl Table {
+    /// Every CUDA specialisation once, the shared ones first; the error names two that differ under one name.
+    pub fn kernels(&self) -> Result<Vec<&Kernel>, String> {
+        let mut seen: BTreeMap<&str, &Kernel> = BTreeMap::new();
+        let mut all = Vec::new();
+        let rows = self.scheme.iter().flat_map(|s| &s.backend).flat_map(|b| &b.kernels);
+        for kernel in self.shared_kernel.iter().chain(rows) {
+            match seen.insert(&kernel.name, kernel) {
+                None => all.push(kernel),
+                Some(before) if before == kernel => {}
+                Some(_) => {
+                    return Err(format!("kernel `{}` stands twice, with different files or defines", kernel.name));
+                }
+            }
+        }
+        Ok(all)
+    }
 }
 
 /// One quantisation scheme: one oracle.
@@ -47,7 +69,7 @@ pub struct Pair {
 #[serde(deny_unknown_fields)]
 pub struct Names {
     /// Name to backend.
-    pub means: std::collections::BTreeMap<String, String>,
+    pub means: BTreeMap<String, String>,
     /// Names of NVIDIA kernels that have no row.
     pub gpu_only: Vec<String>,
     /// Names of other vendors' kernels.
@@ -76,15 +98,41 @@ impl Which {
     }
 }
 
-/// A CUDA specialisation: a file under kernels/ with its defines.
-#[derive(Debug, Deserialize)]
+/// A CUDA specialisation: a file under kernels/ with its defines, compiled into one fatbin.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct Kernel {
+    /// `decode_bf16`: the name by which the runtime loads it. Rows may share a kernel by naming it alike.
+    pub name: String,
     /// File under kernels/.
     pub file: String,
     /// `NAME=VALUE`
     #[serde(default)]
     pub define: Vec<String>,
+}
+
+impl Kernel {
+    fn check(&self) -> Result<(), String> {
+        let identifier = |s: &str| {
+            s.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+                && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+        };
+        // The name becomes a file's name and the defines become arguments of nvcc.
+        if !identifier(&self.name) {
+            return Err(format!("kernel `{}`: a name is letters, digits and underscores", self.name));
+        }
+        let stem = self.file.strip_suffix(".cu").unwrap_or("");
+        if stem.is_empty() || !stem.split('/').all(identifier) {
+            return Err(format!(
+                "kernel `{}`: file = \"{}\", expected a .cu file under kernels/",
+                self.name, self.file
+            ));
+        }
+        match self.define.iter().find(|d| !identifier(d.split_once('=').map_or(d.as_str(), |(name, _)| name))) {
+            Some(d) => Err(format!("kernel `{}`: define = \"{d}\", expected NAME=VALUE", self.name)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One (scheme, backend) row.
@@ -131,6 +179,9 @@ pub fn parse(text: &str) -> Result<Table, String> {
     }
     let aliases: Vec<&str> = table.scheme.iter().flat_map(|s| s.pairs.iter().map(|p| p.alias.as_str())).collect();
     unique("alias", aliases.into_iter())?;
+    table.shared_kernel.iter().try_for_each(Kernel::check)?;
+    unique("shared kernel", table.shared_kernel.iter().map(|k| k.name.as_str()))?;
+    table.kernels()?;
     Ok(table)
 }
 
@@ -181,9 +232,10 @@ impl Scheme {
                 // Which names there are is the crate's to say, when it compiles the expansion.
                 all_or_some("activations", &b.activations)?;
                 all_or_some("formats", &b.formats)?;
+                b.kernels.iter().try_for_each(Kernel::check)?;
                 match (b.device.as_str(), b.experts.as_str()) {
                     ("cpu", "simd" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
-                    ("cuda", _) if b.min != 0 && !b.kernels.is_empty() => {}
+                    ("cuda", "decode" | "mma" | "emulation") if b.min != 0 && !b.kernels.is_empty() => {}
                     _ => return Err("device, experts, min and kernels do not fit together".into()),
                 }
                 match b.numerics.as_str() {
@@ -199,29 +251,104 @@ impl Scheme {
 
 #[cfg(test)]
 mod tests {
+    use super::parse;
+
+    const CPU: &str = r#"
+        [[scheme]]
+        name = "x"
+        oracle = "X"
+        pairs = [{ alias = "A", doc = "d" }]
+        [scheme.names]
+        means = { cpu = "cpu_simd" }
+        gpu_only = []
+        other_hardware = []
+        as_auto = []
+        [[scheme.backend]]
+        name = "cpu_simd"
+        experts = "simd"
+        device = "cpu"
+        numerics = "weight_only"
+        pairs = "all"
+        activations = "all"
+        formats = "all"
+        kernels = []
+    "#;
+    const CUDA: &str = r#"
+        [[scheme.backend]]
+        name = "cuda_decode"
+        experts = "decode"
+        device = "cuda"
+        min = 80
+        numerics = "weight_only"
+        pairs = "all"
+        activations = "all"
+        formats = "all"
+        kernels = [{ name = "decode_bf16", file = "decode.cu", define = ["WEIGHT=bf16", "FAST"] }]
+    "#;
+    const SHARED: &str = r#"
+        [[shared_kernel]]
+        name = "routing"
+        file = "routing.cu"
+    "#;
+
     #[test]
     fn a_name_for_a_backend_that_is_not_there_is_refused() {
-        let text = r#"
-            [[scheme]]
-            name = "x"
-            oracle = "X"
-            pairs = [{ alias = "A", doc = "d" }]
-            [scheme.names]
-            means = { cpu = "cpu_fast" }
-            gpu_only = []
-            other_hardware = []
-            as_auto = []
-            [[scheme.backend]]
-            name = "cpu_simd"
-            experts = "simd"
-            device = "cpu"
-            numerics = "weight_only"
-            pairs = "all"
-            activations = "all"
-            formats = "all"
-            kernels = []
-        "#;
-        assert!(super::parse(text).unwrap_err().contains("`cpu_fast`"));
-        assert!(super::parse(&text.replace("cpu_fast", "cpu_simd")).is_ok());
+        assert!(parse(&CPU.replace(r#"cpu = "cpu_simd""#, r#"cpu = "cpu_fast""#)).unwrap_err().contains("`cpu_fast`"));
+        assert!(parse(CPU).is_ok());
+    }
+
+    #[test]
+    fn a_cuda_row_says_what_computes_and_from_what_capability() {
+        for experts in ["decode", "mma", "emulation"] {
+            let text = CPU.to_string() + &CUDA.replace(r#""decode""#, &format!("{experts:?}"));
+            assert_eq!(parse(&text).unwrap().scheme[0].backend[1].experts, experts);
+        }
+        for (from, to) in [
+            (r#"experts = "decode""#, r#"experts = "simd""#),
+            (r#"experts = "decode""#, r#"experts = "wgmma""#),
+            ("min = 80", "min = 0"),
+            (r#"device = "cuda""#, r#"device = "cpu""#),
+        ] {
+            let error = parse(&(CPU.to_string() + &CUDA.replace(from, to))).unwrap_err();
+            assert!(error.contains("`cuda_decode`") && error.contains("do not fit together"), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn kernels_are_listed_once_the_shared_ones_first() {
+        let second = CUDA.replace("cuda_decode", "cuda_decode_b");
+        let text = CPU.to_string() + CUDA + &second + SHARED;
+        let table = parse(&text).unwrap();
+        let names: Vec<_> = table.kernels().unwrap().iter().map(|k| k.name.as_str()).collect();
+        assert_eq!(names, ["routing", "decode_bf16"]);
+    }
+
+    #[test]
+    fn one_name_for_two_kernels_is_refused() {
+        for (from, to) in [("decode.cu", "other.cu"), ("WEIGHT=bf16", "WEIGHT=f16")] {
+            let second = CUDA.replace("cuda_decode", "cuda_decode_b").replace(from, to);
+            let error = parse(&(CPU.to_string() + CUDA + &second)).unwrap_err();
+            assert!(error.contains("`decode_bf16`"), "{error}");
+        }
+        assert!(parse(&(CPU.to_string() + SHARED + SHARED)).unwrap_err().contains("`routing`"));
+        assert!(parse(&(CPU.to_string() + CUDA + &SHARED.replace("\"routing\"", "\"decode_bf16\""))).is_err());
+    }
+
+    #[test]
+    fn kernel_names_files_and_defines_are_safe_to_pass_on() {
+        for (from, to) in [
+            ("decode_bf16", "../decode"),
+            ("decode_bf16", ""),
+            ("decode.cu", "../decode.cu"),
+            ("decode.cu", "/decode.cu"),
+            ("decode.cu", "decode.cpp"),
+            ("decode.cu", ".cu"),
+            ("WEIGHT=bf16", "=1"),
+            ("FAST", "-o"),
+        ] {
+            let error = parse(&(CPU.to_string() + &CUDA.replace(from, to))).unwrap_err();
+            assert!(error.contains("kernel `"), "{to}: {error}");
+        }
+        assert!(parse(&(CPU.to_string() + &CUDA.replace("decode.cu", "moe/decode.cu"))).is_ok());
     }
 }

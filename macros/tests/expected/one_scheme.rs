@@ -38,7 +38,7 @@ impl<const W: u64, const A: u64> Int8CudaMma<W, A> {
         name: "cuda_mma",
         device: Device::Cuda { min: 80u16 },
         numerics: Numerics::WeightOnly,
-        experts: ExpertsKind::Cuda,
+        experts: ExpertsKind::Mma,
         pairs: &[(INT8_STATIC_CHANNEL_SYM.bits(), UNQUANTIZED)],
         activations: named(&["silu", "gelu"], &crate::config::Activation::NAMES),
         formats: named(&["standard"], &crate::config::ActivationFormat::NAMES),

@@ -1,10 +1,12 @@
 //! `doctor`: what this machine offers, what it lacks, and what to do about it.
 
+mod gpu;
+
 use crate::failure::{Out, Outcome};
 use crate::{limits, machine};
+use gpu::Gpu;
 use moe_oracle::platform::CpuIsa;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// Options of `doctor`.
 #[derive(clap::Args)]
@@ -29,36 +31,6 @@ struct Report {
     advice: Vec<String>,
 }
 
-#[derive(serde::Serialize)]
-struct Gpu {
-    device: bool,
-    driver_library: Option<String>,
-    cuda_kernels: bool,
-}
-
-/// Where Linux distributions and containers put the driver's library.
-const LIBCUDA: [&str; 6] = [
-    "/usr/lib/x86_64-linux-gnu/libcuda.so.1",
-    "/usr/lib/aarch64-linux-gnu/libcuda.so.1",
-    "/usr/lib64/libcuda.so.1",
-    "/usr/lib/libcuda.so.1",
-    "/usr/lib/wsl/lib/libcuda.so.1",
-    "/run/opengl-driver/lib/libcuda.so.1",
-];
-
-/// Looks for a GPU without loading anything.
-fn gpu() -> Gpu {
-    let listed = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let listed = std::env::split_paths(&listed).map(|folder| folder.join("libcuda.so.1"));
-    let library = LIBCUDA.iter().map(|p| Path::new(p).to_path_buf()).chain(listed).find(|p| p.exists());
-    Gpu {
-        // WSL has no device node of NVIDIA's own.
-        device: Path::new("/dev/nvidia0").exists() || Path::new("/dev/dxg").exists(),
-        driver_library: library.map(|p| p.display().to_string()),
-        cuda_kernels: false,
-    }
-}
-
 fn advice(isa: CpuIsa, thp: Option<&str>, gpu: &Gpu) -> Vec<String> {
     let mut advice = Vec::new();
     if isa == CpuIsa::Portable {
@@ -75,29 +47,13 @@ fn advice(isa: CpuIsa, thp: Option<&str>, gpu: &Gpu) -> Vec<String> {
                 .into(),
         );
     }
-    match (gpu.device, &gpu.driver_library) {
-        (true, Some(_)) => {}
-        (true, None) => advice.push(
-            "A GPU's device node exists, but libcuda.so.1 was not found: install the NVIDIA driver's libraries, or \
-             start the container with the NVIDIA runtime."
-                .into(),
-        ),
-        (false, Some(_)) => advice.push(
-            "libcuda.so.1 is here, but /dev/nvidia0 is not: load the NVIDIA kernel module, or pass the device into \
-             the container."
-                .into(),
-        ),
-        (false, None) => {
-            advice.push("No NVIDIA GPU was found; layers run on the CPU, which needs nothing more.".into())
-        }
-    }
-    advice.push("This build has no CUDA kernels: layers run on the CPU even where there is a GPU.".into());
+    advice.extend(gpu.advice());
     advice
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> Outcome {
-    let (isa, cores, gpu) = (CpuIsa::detect(), machine::cores(), gpu());
+    let (isa, cores, gpu) = (CpuIsa::detect(), machine::cores(), Gpu::look());
     let thp = machine::transparent_huge_pages();
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
@@ -127,8 +83,7 @@ fn print(out: &mut Out, r: &Report) -> Outcome {
         if names.is_empty() { "none".into() } else { names.join(" ") }
     };
     let gib = |bytes: usize| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
-    let yes_no = |b| if b { "yes" } else { "no" };
-    let rows = [
+    let mut rows = vec![
         ("moe-oracle", r.version.to_string()),
         ("processor", r.cpu.clone()),
         ("cores", r.cores.to_string()),
@@ -139,10 +94,8 @@ fn print(out: &mut Out, r: &Report) -> Outcome {
         ("huge pages", r.transparent_huge_pages.clone().unwrap_or("unknown".into())),
         ("read, 1 thread", format!("{:.1} GB/s", r.read_gbps_one_thread)),
         ("read, all", format!("{:.1} GB/s", r.read_gbps_all_threads)),
-        ("GPU device", yes_no(r.gpu.device).into()),
-        ("libcuda", r.gpu.driver_library.clone().unwrap_or("not found".into())),
-        ("CUDA kernels", format!("{} in this build", yes_no(r.gpu.cuda_kernels))),
     ];
+    rows.extend(r.gpu.rows());
     for (name, value) in rows {
         out.line(format_args!("{name:<15} {value}"))?;
     }

@@ -1,0 +1,25 @@
+//! NVIDIA GPUs: the driver, the kernels of this build, and how they are launched. The only module that touches cudarc.
+//!
+//! Nothing here links to CUDA. The driver's library is loaded when [`Gpu::open`] first asks for it, so that one binary
+//! runs with and without a GPU.
+
+mod device;
+mod error;
+mod event;
+mod fatbin;
+mod graph;
+mod launch;
+mod memory;
+mod module;
+pub mod routing;
+mod stream;
+
+pub use device::{Gpu, GpuInfo};
+pub use error::{CudaError, CudaVersion, DriverCode};
+pub use event::Event;
+pub use fatbin::{FATBINS, Fatbin, NOT_BUILT, Resources, TOOLKIT, driver_needed};
+pub use graph::Graph;
+pub use launch::{Arg, Launch, Parameter};
+pub use memory::{DeviceBuffer, DevicePtr};
+pub use module::Kernel;
+pub use stream::Stream;
