@@ -3,6 +3,7 @@
 //! Nothing here links to CUDA. The driver's library is loaded when [`Gpu::open`] first asks for it, so that one binary
 //! runs with and without a GPU.
 
+mod call;
 mod device;
 mod error;
 mod event;
@@ -14,6 +15,7 @@ mod module;
 pub mod routing;
 mod stream;
 
+pub use call::Tensors;
 pub use device::{Gpu, GpuInfo};
 pub use error::{CudaError, CudaVersion, DriverCode};
 pub use event::Event;

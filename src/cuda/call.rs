@@ -1,0 +1,38 @@
+//! One call of a layer on the GPU.
+
+use super::CudaError;
+use super::memory::DevicePtr;
+use crate::config::MoeConfig;
+
+/// The memory of one call in the standard format: T tokens, H hidden, k top-k. 16-bit elements are of the layer's input
+/// type, bf16 or f16.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensors<'a> {
+    /// `[T, H]`, 16-bit; aligned to 16 bytes
+    pub hidden: DevicePtr<'a, u16>,
+    /// `[T, k]`, global expert ids, -1 for none
+    pub topk_ids: DevicePtr<'a, i32>,
+    /// `[T, k]`
+    pub topk_weights: DevicePtr<'a, f32>,
+    /// `[T, H]`, 16-bit, written; aligned to 16 bytes
+    pub output: DevicePtr<'a, u16>,
+    /// Scratch of `workspace_bytes(T)`, whatever it holds; aligned to 256 bytes
+    pub workspace: DevicePtr<'a, u8>,
+}
+
+impl Tensors<'_> {
+    /// Checks the lengths for a call with `tokens` tokens.
+    pub(super) fn check(&self, config: &MoeConfig, tokens: usize, workspace: usize) -> Result<(), CudaError> {
+        let holds = |have: usize, each: usize| tokens.checked_mul(each).is_some_and(|n| have >= n);
+        if !holds(self.hidden.len(), config.hidden) || !holds(self.output.len(), config.hidden) {
+            return Err(CudaError::Argument("hidden states or output are shorter than the tokens' rows"));
+        }
+        if !holds(self.topk_ids.len(), config.topk) || !holds(self.topk_weights.len(), config.topk) {
+            return Err(CudaError::Argument("topk_ids or topk_weights are shorter than the tokens' rows"));
+        }
+        if self.workspace.len() < workspace {
+            return Err(CudaError::Argument("the workspace is too small: ask workspace_bytes for the largest batch"));
+        }
+        Ok(())
+    }
+}
