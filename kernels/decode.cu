@@ -12,15 +12,9 @@ namespace moe {
 constexpr int kColumns = 8;
 // T * topk at most.
 constexpr int kMaxItems = 128;
-// Places of the warps' rings.
-#ifndef MOE_DEPTH
-#define MOE_DEPTH 4
-#endif
-#ifndef MOE_DEPTH2
-#define MOE_DEPTH2 4
-#endif
-constexpr int kFirstDepth = MOE_DEPTH;
-constexpr int kSecondDepth = MOE_DEPTH2;
+// Places of the warps' rings; src/cuda/decode.rs has the same.
+constexpr int kFirstDepth = 2;
+constexpr int kSecondDepth = 3;
 
 struct DecodeParams {
     Matrix first;   // gate and up: rows 0-7 of a slab are gate's, 8-15 up's; all 16 up's where not gated

@@ -4,14 +4,17 @@
 //! runs with and without a GPU.
 
 mod call;
+mod decode;
 mod device;
 mod error;
 mod event;
 mod fatbin;
 mod graph;
+mod kernel;
 mod launch;
 mod memory;
 mod module;
+pub mod pack;
 pub mod routing;
 mod stream;
 
@@ -21,6 +24,7 @@ pub use error::{CudaError, CudaVersion, DriverCode};
 pub use event::Event;
 pub use fatbin::{FATBINS, Fatbin, NOT_BUILT, Resources, TOOLKIT, driver_needed};
 pub use graph::Graph;
+pub use kernel::{CudaKernel, GpuLayerError, GpuWeights};
 pub use launch::{Arg, Launch, Parameter};
 pub use memory::{DeviceBuffer, DevicePtr};
 pub use module::Kernel;

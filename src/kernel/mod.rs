@@ -108,20 +108,8 @@ impl<P: PrepareFinalize, X: Experts> MoeKernel<P, X> {
         if P::FORMAT != config.format {
             return Err(ConvertError::Format);
         }
-        let bad = |what: String| Err(ConvertError::ExpertMap(what));
-        match &map {
-            None if P::FORMAT == ActivationFormat::Standard && config.local_experts != config.experts => {
-                return bad("is missing: this rank holds only some of the experts".into());
-            }
-            Some(m) if m.len() != config.experts => {
-                return bad(format!("has {} entries for {} experts", m.len(), config.experts));
-            }
-            Some(m) => {
-                if let Some(l) = m.iter().find(|l| **l < -1 || **l >= config.local_experts as i32) {
-                    return bad(format!("names local expert {l}, there are {}", config.local_experts));
-                }
-            }
-            None => {}
+        if P::FORMAT == ActivationFormat::Standard || map.is_some() {
+            check_map(map.as_deref(), config)?;
         }
         let sizes = [
             ("the number of experts", experts.experts(), config.local_experts),
@@ -142,6 +130,22 @@ impl<P: PrepareFinalize, X: Experts> MoeKernel<P, X> {
     /// The experts.
     pub fn experts(&self) -> &X {
         &self.experts
+    }
+}
+
+/// Checks an expert map, which must be there where this rank holds only some of the experts.
+pub(crate) fn check_map(map: Option<&[i32]>, config: &MoeConfig) -> Result<(), ConvertError> {
+    let bad = |what: String| Err(ConvertError::ExpertMap(what));
+    match map {
+        None if config.local_experts != config.experts => {
+            bad("is missing: this rank holds only some of the experts".into())
+        }
+        Some(m) if m.len() != config.experts => bad(format!("has {} entries for {} experts", m.len(), config.experts)),
+        Some(m) => match m.iter().find(|l| **l < -1 || **l >= config.local_experts as i32) {
+            Some(l) => bad(format!("names local expert {l}, there are {}", config.local_experts)),
+            None => Ok(()),
+        },
+        None => Ok(()),
     }
 }
 

@@ -20,6 +20,9 @@ pub enum KernelWeights {
     },
     /// Packed for the vectorised CPU kernels.
     Simd(SimdExperts),
+    /// Packed for a GPU.
+    #[cfg(feature = "cuda")]
+    Gpu(crate::cuda::GpuWeights),
 }
 
 /// Weights that can't become a kernel.
@@ -58,9 +61,24 @@ pub enum ConvertError {
         /// The scheme.
         scheme: Scheme,
     },
-    /// A backend without a packer.
-    #[error("the backend `{0}` is not in this build")]
-    NotBuilt(&'static str),
+    /// A backend that this build leaves out.
+    #[error("the backend `{name}` is not in this build: {why}")]
+    NotBuilt {
+        /// Its name.
+        name: &'static str,
+        /// The reason.
+        why: &'static str,
+    },
+    /// A CPU backend for a GPU, or the other way round.
+    #[error("the backend `{0}` does not run on this platform")]
+    Platform(&'static str),
+    /// A layer for a GPU where one for the CPU was asked for.
+    #[error("these weights are packed for a GPU: make a cuda::CudaKernel of them")]
+    ForGpu,
+    /// The GPU packer refused.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    GpuPack(#[from] crate::cuda::pack::GpuPackError),
     /// A layer that nothing could serve.
     #[error("{0}")]
     Config(&'static str),
@@ -135,9 +153,32 @@ pub(super) fn convert(
         (ExpertsKind::Simd, Platform::Cpu(isa)) => {
             Ok(KernelWeights::Simd(SimdExperts::new(&weights, config.activation, *isa)?))
         }
-        _ => Err(ConvertError::NotBuilt(kernel.name)),
+        #[cfg(feature = "cuda")]
+        (ExpertsKind::Decode, Platform::Cuda(_)) => {
+            use crate::cuda::{GpuWeights, pack::PackedExperts};
+            if let Some(why) = NO_CUDA {
+                return Err(ConvertError::NotBuilt { name: kernel.name, why });
+            }
+            Ok(KernelWeights::Gpu(GpuWeights::Decode(PackedExperts::new(&weights, config)?)))
+        }
+        (_, Platform::Cuda(_)) if kernel.experts != ExpertsKind::Simd => {
+            Err(ConvertError::NotBuilt { name: kernel.name, why: NO_CUDA.unwrap_or("it has no packer") })
+        }
+        _ => Err(ConvertError::Platform(kernel.name)),
     }
 }
+
+/// Why this build has no GPU kernels, if it has none.
+pub const NO_CUDA: Option<&str> = {
+    #[cfg(feature = "cuda")]
+    {
+        crate::cuda::NOT_BUILT
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        Some("the feature `cuda` is off")
+    }
+};
 
 pub(super) fn quant_config(
     _config: &MoeConfig,
@@ -176,6 +217,8 @@ impl KernelWeights {
                 Box::new(ReferenceExperts::new(&weights, config.activation, key)?)
             }
             KernelWeights::Simd(experts) => Box::new(experts),
+            #[cfg(feature = "cuda")]
+            KernelWeights::Gpu(_) => return Err(ConvertError::ForGpu),
         })
     }
 

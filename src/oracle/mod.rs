@@ -7,7 +7,7 @@ mod convert;
 mod dynamic;
 mod select;
 
-pub use convert::{ConvertError, KernelWeights, QuantConfig, QuantConfigError};
+pub use convert::{ConvertError, KernelWeights, NO_CUDA, QuantConfig, QuantConfigError};
 pub use dynamic::{Candidate, DynOracle, find};
 pub use select::*;
 

@@ -2,6 +2,8 @@
 //! nothing in common with the crate's number tables or kernels.
 #![allow(dead_code, reason = "every test binary compiles this module and uses a part of it")]
 
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod reference;
 pub mod weights;
 
