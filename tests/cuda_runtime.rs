@@ -81,7 +81,7 @@ fn a_graph_runs_what_was_captured_and_not_before() {
     let stream = Stream::new(&gpu).unwrap();
     let buffer = DeviceBuffer::of(&stream, &[1_u8; 64]).unwrap();
     let graph = Graph::capture(&stream, || buffer.zero(&stream)).unwrap();
-    let mut back = [9; 64];
+    let mut back = [9_u8; 64];
     buffer.download(&stream, 0, &mut back).unwrap();
     assert_eq!(back, [1; 64]);
     // SAFETY: the buffer outlives the replay, which the download waits for.
@@ -103,7 +103,7 @@ fn a_capture_that_fails_leaves_the_stream_usable() {
         let _ = Graph::capture::<CudaError>(&stream, || panic!("in a capture"));
     }));
     assert!(panicked.is_err());
-    let mut back = [0; 64];
+    let mut back = [0_u8; 64];
     buffer.download(&stream, 0, &mut back).unwrap();
     assert_eq!(back, [1; 64]);
 }
@@ -117,7 +117,7 @@ fn a_callers_stream_and_context_serve() {
     let theirs = Stream::new(&gpu).unwrap();
     // SAFETY: `theirs` outlives `ours`.
     let ours = unsafe { Stream::borrow(&gpu, theirs.raw()) };
-    let mut back = [0; 8];
+    let mut back = [0_u8; 8];
     buffer.download(&ours, 0, &mut back).unwrap();
     drop(ours);
     theirs.synchronize().unwrap();

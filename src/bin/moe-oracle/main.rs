@@ -6,6 +6,7 @@ mod failure;
 mod inspect;
 mod limits;
 mod machine;
+mod place;
 mod presets;
 mod run;
 mod select;

@@ -1,12 +1,12 @@
 //! `run`: one layer of a checkpoint over the hidden states of a file.
 
 use crate::failure::{AnyError as Failure, outln};
+use crate::place::Place;
 use crate::tensors::{self, Input};
 use moe_oracle::checkpoint::Checkpoint;
 use moe_oracle::cpu::ThreadPool;
 use moe_oracle::layer::{Layer, LayerOptions};
 use moe_oracle::oracle::{MoeBackend, Numerics, SelectInputs};
-use moe_oracle::platform::Platform;
 use std::path::PathBuf;
 
 /// Arguments of `run`.
@@ -27,9 +27,9 @@ pub struct Args {
     /// Backend by name.
     #[arg(long, default_value = "auto")]
     backend: String,
-    /// Where to run.
+    /// Where to run: `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "cpu")]
-    device: String,
+    device: Place,
     /// Threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -54,11 +54,9 @@ pub fn backend(name: &str) -> Result<MoeBackend, Failure> {
 
 /// Runs the command.
 pub fn run(args: Args) -> Result<(), Failure> {
-    if args.device != "cpu" {
-        return Err(format!("the device `{}` is not in this build, which runs on `cpu` only", args.device).into());
-    }
+    let place = args.device.open()?;
     let inputs = SelectInputs::named(backend(&args.backend)?);
-    let options = LayerOptions { platform: Platform::cpu(), inputs, exact_activations: args.exact_activations };
+    let options = LayerOptions { platform: place.platform(), inputs, exact_activations: args.exact_activations };
     let checkpoint = Checkpoint::open(&args.model)?;
     let index = match args.layer {
         Some(index) => index,
@@ -67,7 +65,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let moe = checkpoint.layer(index)?;
     let (config, family, producer) = (moe.config, moe.family.clone(), moe.producer.clone());
     let input = Input::read(&args.input, config.hidden, config.topk, config.experts)?;
-    let layer = Layer::new(moe, &options)?;
+    let layer = Layer::on(moe, &options, place.device())?;
     let pool = ThreadPool::new(args.threads)?;
     let result = layer.run(&input.hidden, input.router_hidden.as_deref(), input.routed, &pool)?;
     tensors::write(&args.output, &result, config.hidden, config.topk)?;

@@ -1,10 +1,16 @@
 //! A layer of a checkpoint, from its tensors to its output: the whole path in one type. Engines that bring their own
 //! router, workspace or static selection use [`crate::oracle`] and [`crate::kernel`] directly.
 
+mod device;
+
+pub use device::Device;
+
+use device::Kernel;
+
 use crate::checkpoint::{MoeLayer, RouterWeights, SharedExpert};
 use crate::config::{MoeConfig, Routing, RoutingMethod, sigmoid};
-use crate::cpu::{Executor, Experts};
-use crate::kernel::{ForwardError, MoeKernel, Rows, RowsMut, Standard, routing};
+use crate::cpu::Executor;
+use crate::kernel::{ForwardError, routing};
 use crate::oracle::{self, ConvertError, DynOracle, KernelInfo, QuantConfigError, SelectError, SelectInputs};
 use crate::platform::Platform;
 use crate::scheme::{QuantKey, Scheme};
@@ -33,6 +39,23 @@ pub enum LayerError {
     /// Missing scales.
     #[error(transparent)]
     Quant(#[from] QuantConfigError),
+    /// The GPU's part.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] crate::cuda::GpuLayerError),
+}
+
+/// A layer that can't be run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The arguments do not fit the layer.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// The GPU's part.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
 }
 
 /// What was chosen for a set of experts.
@@ -54,8 +77,6 @@ pub struct LayerOptions {
     /// Leave activations exact even where the backend could quantise them as the checkpoint asks.
     pub exact_activations: bool,
 }
-
-type Kernel = MoeKernel<Standard, Box<dyn Experts>>;
 
 struct Shared {
     kernel: Kernel,
@@ -91,16 +112,26 @@ pub fn choose(weights: &MoeWeights, config: &MoeConfig, options: &LayerOptions) 
     Ok(Choice { oracle, kernel: oracle.select(config, &options.platform, &options.inputs)? })
 }
 
-fn make(weights: MoeWeights, config: &MoeConfig, options: &LayerOptions) -> Result<(Choice, Kernel), LayerError> {
+fn make(
+    weights: MoeWeights,
+    config: &MoeConfig,
+    options: &LayerOptions,
+    device: Device<'_>,
+) -> Result<(Choice, Kernel), LayerError> {
     let choice = choose(&weights, config, options)?;
     let quant = choice.oracle.quant_config(config, &weights)?;
     let packed = choice.oracle.convert(choice.kernel, config, &options.platform, weights)?;
     let packed = if options.exact_activations { packed.with_exact_activations() } else { packed };
-    Ok((choice, MoeKernel::new(packed.into_experts(config, quant)?, config, None)?))
+    Ok((choice, Kernel::new(packed, quant, config, device)?))
 }
 
 impl Shared {
-    fn new(shared: SharedExpert, layer: &MoeConfig, options: &LayerOptions) -> Result<Self, LayerError> {
+    fn new(
+        shared: SharedExpert,
+        layer: &MoeConfig,
+        options: &LayerOptions,
+        device: Device<'_>,
+    ) -> Result<Self, LayerError> {
         let w = &shared.weights;
         let config = MoeConfig {
             activation: layer.activation,
@@ -109,36 +140,28 @@ impl Shared {
             routing: Routing::new(RoutingMethod::Custom),
             ..MoeConfig::new(1, 1, w.hidden(), w.intermediate())
         };
-        Ok(Self { kernel: make(shared.weights, &config, options)?.1, gate: shared.gate })
+        Ok(Self { kernel: make(shared.weights, &config, options, device)?.1, gate: shared.gate })
     }
 
     /// The shared expert is a layer of one expert that every token takes, with the gate for its routing weight.
-    fn run(&self, hidden: &[f32], pool: &dyn Executor) -> Result<Vec<f32>, ForwardError> {
+    fn run(&self, hidden: &[f32], pool: &dyn Executor) -> Result<Vec<f32>, RunError> {
         let h = self.kernel.config().hidden;
         let weight = |x: &[f32]| self.gate.as_ref().map_or(1.0, |g| sigmoid(dot(x, g)));
         let weights: Vec<f32> = hidden.chunks(h).map(weight).collect();
-        forward(&self.kernel, hidden, &vec![0; weights.len()], &weights, pool)
+        self.kernel.forward(hidden, &vec![0; weights.len()], &weights, pool)
     }
 }
 
-fn forward(
-    kernel: &Kernel,
-    hidden: &[f32],
-    ids: &[i32],
-    weights: &[f32],
-    pool: &dyn Executor,
-) -> Result<Vec<f32>, ForwardError> {
-    let mut output = vec![0.0; hidden.len()];
-    let mut workspace = vec![0; kernel.workspace_bytes(hidden.len() / kernel.config().hidden)];
-    kernel.forward(Rows::F32(hidden), ids, weights, RowsMut::F32(&mut output), &mut workspace, pool)?;
-    Ok(output)
-}
-
 impl Layer {
-    /// Selects, packs and joins a checkpoint's layer.
+    /// Selects, packs and joins a checkpoint's layer, for the CPU.
     pub fn new(layer: MoeLayer, options: &LayerOptions) -> Result<Self, LayerError> {
-        let shared = layer.shared.map(|s| Shared::new(s, &layer.config, options)).transpose()?;
-        let (choice, kernel) = make(layer.weights, &layer.config, options)?;
+        Self::on(layer, options, Device::Cpu)
+    }
+
+    /// The same for a device, which must be of `options.platform`.
+    pub fn on(layer: MoeLayer, options: &LayerOptions, device: Device<'_>) -> Result<Self, LayerError> {
+        let shared = layer.shared.map(|s| Shared::new(s, &layer.config, options, device)).transpose()?;
+        let (choice, kernel) = make(layer.weights, &layer.config, options, device)?;
         Ok(Self { kernel, choice, router: layer.router, shared })
     }
 
@@ -147,9 +170,9 @@ impl Layer {
         self.choice
     }
 
-    /// The routed experts' kernel.
-    pub fn kernel(&self) -> &Kernel {
-        &self.kernel
+    /// The layer.
+    pub fn config(&self) -> &MoeConfig {
+        self.kernel.config()
     }
 
     /// The router: `hidden` `[T, H]` to ids and weights `[T, k]`, best first.
@@ -178,14 +201,14 @@ impl Layer {
         router_hidden: Option<&[f32]>,
         routed: Option<(Vec<i32>, Vec<f32>)>,
         pool: &dyn Executor,
-    ) -> Result<LayerOutput, ForwardError> {
+    ) -> Result<LayerOutput, RunError> {
         let router_hidden = router_hidden.unwrap_or(hidden);
         if router_hidden.len() != hidden.len() {
             let (have, want) = (router_hidden.len(), hidden.len());
-            return Err(ForwardError::Length { what: "router_hidden_states", have, want });
+            return Err(ForwardError::Length { what: "router_hidden_states", have, want }.into());
         }
         let (topk_ids, topk_weights) = routed.unwrap_or_else(|| self.route(router_hidden));
-        let output = forward(&self.kernel, hidden, &topk_ids, &topk_weights, pool)?;
+        let output = self.kernel.forward(hidden, &topk_ids, &topk_weights, pool)?;
         let shared = self.shared.as_ref().map(|s| s.run(hidden, pool)).transpose()?;
         let output_with_shared = shared.map(|mut s| {
             s.iter_mut().zip(&output).for_each(|(s, y)| *s += y);

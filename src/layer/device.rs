@@ -1,0 +1,123 @@
+//! Where a layer's experts run: float32 rows in, float32 rows out, whatever the device.
+
+use crate::config::MoeConfig;
+use crate::cpu::{Executor, Experts};
+use crate::kernel::{ForwardError, MoeKernel, Rows, RowsMut, Standard};
+use crate::layer::{LayerError, RunError};
+use crate::oracle::{KernelWeights, QuantConfig};
+
+/// The device of a layer.
+#[derive(Clone, Copy)]
+pub enum Device<'a> {
+    /// This machine's processor.
+    Cpu,
+    /// A GPU, through a stream on which everything is ordered.
+    #[cfg(feature = "cuda")]
+    Gpu(&'a std::sync::Arc<crate::cuda::Stream>),
+    /// Keeps the lifetime where the feature is off.
+    #[cfg(not(feature = "cuda"))]
+    #[doc(hidden)]
+    Never(std::convert::Infallible, std::marker::PhantomData<&'a ()>),
+}
+
+/// The experts of a layer on their device.
+pub(super) enum Kernel {
+    Cpu(MoeKernel<Standard, Box<dyn Experts>>),
+    #[cfg(feature = "cuda")]
+    Gpu(std::sync::Arc<crate::cuda::Stream>, crate::cuda::CudaKernel),
+}
+
+impl Kernel {
+    pub(super) fn new(
+        weights: KernelWeights,
+        quant: Option<QuantConfig>,
+        config: &MoeConfig,
+        device: Device<'_>,
+    ) -> Result<Self, LayerError> {
+        match (weights, device) {
+            #[cfg(feature = "cuda")]
+            (KernelWeights::Gpu(weights), Device::Gpu(stream)) => {
+                Ok(Kernel::Gpu(stream.clone(), crate::cuda::CudaKernel::new(stream, &weights, config, None)?))
+            }
+            (weights, _) => Ok(Kernel::Cpu(MoeKernel::new(weights.into_experts(config, quant)?, config, None)?)),
+        }
+    }
+
+    pub(super) fn config(&self) -> &MoeConfig {
+        match self {
+            Kernel::Cpu(kernel) => kernel.config(),
+            #[cfg(feature = "cuda")]
+            Kernel::Gpu(_, kernel) => kernel.config(),
+        }
+    }
+
+    /// `hidden` `[T, H]`, ids and weights `[T, k]` to the output `[T, H]`.
+    pub(super) fn forward(
+        &self,
+        hidden: &[f32],
+        ids: &[i32],
+        weights: &[f32],
+        pool: &dyn Executor,
+    ) -> Result<Vec<f32>, RunError> {
+        match self {
+            Kernel::Cpu(kernel) => {
+                let mut output = vec![0.0; hidden.len()];
+                let mut workspace = vec![0; kernel.workspace_bytes(hidden.len() / kernel.config().hidden)];
+                kernel.forward(Rows::F32(hidden), ids, weights, RowsMut::F32(&mut output), &mut workspace, pool)?;
+                Ok(output)
+            }
+            #[cfg(feature = "cuda")]
+            Kernel::Gpu(stream, kernel) => gpu(stream, kernel, hidden, ids, weights),
+        }
+    }
+}
+
+/// Through the GPU's 16-bit types: the hidden states are rounded on the way in.
+#[cfg(feature = "cuda")]
+fn gpu(
+    stream: &crate::cuda::Stream,
+    kernel: &crate::cuda::CudaKernel,
+    hidden: &[f32],
+    ids: &[i32],
+    weights: &[f32],
+) -> Result<Vec<f32>, RunError> {
+    use crate::config::InputType;
+    use crate::cuda::{DeviceBuffer, Tensors};
+    let c = kernel.config();
+    let tokens = hidden.len() / c.hidden;
+    for (what, have, each) in
+        [("hidden_states", hidden.len(), c.hidden), ("topk_ids", ids.len(), c.topk), ("topk_weights", weights.len(), c.topk)]
+    {
+        let want = tokens * each;
+        if have != want {
+            return Err(ForwardError::Length { what, have, want }.into());
+        }
+    }
+    if let Some(i) = ids.iter().position(|id| *id < -1 || *id >= c.experts as i32) {
+        return Err(ForwardError::ExpertId { token: i / c.topk, id: ids[i], experts: c.experts }.into());
+    }
+    let f16 = c.input == InputType::F16;
+    let to_bits = |v: &f32| if f16 { half::f16::from_f32(*v).to_bits() } else { half::bf16::from_f32(*v).to_bits() };
+    let x: Vec<u16> = hidden.iter().map(to_bits).collect();
+    let (x, ids, weights) =
+        (DeviceBuffer::of(stream, &x)?, DeviceBuffer::of(stream, ids)?, DeviceBuffer::of(stream, weights)?);
+    let output = DeviceBuffer::alloc(stream.gpu(), 2 * hidden.len())?;
+    let workspace = DeviceBuffer::alloc(stream.gpu(), kernel.workspace_bytes(tokens))?;
+    let tensors = Tensors {
+        hidden: x.ptr(),
+        topk_ids: ids.ptr(),
+        topk_weights: weights.ptr(),
+        output: output.ptr(),
+        workspace: workspace.ptr(),
+    };
+    // SAFETY: every buffer was made on this stream's GPU above, is touched by this stream only, and lives until the
+    // download below has waited for the stream.
+    let launched = unsafe { kernel.forward(stream, &tensors, tokens) };
+    let mut bits = vec![0u16; hidden.len()];
+    // Waits whether the launch succeeded or not, so that no work outlives the buffers.
+    let waited = stream.synchronize();
+    launched.and(waited)?;
+    output.download(stream, 0, &mut bits)?;
+    let value = |b: &u16| if f16 { half::f16::from_bits(*b).to_f32() } else { half::bf16::from_bits(*b).to_f32() };
+    Ok(bits.iter().map(value).collect())
+}
