@@ -28,7 +28,7 @@ pub struct Candidate {
 #[derive(Clone, Copy)]
 pub(super) struct Vtable {
     select: fn(&MoeConfig, &Platform, &SelectInputs) -> Result<&'static KernelInfo, SelectError>,
-    explain: fn(&MoeConfig, &Platform, &mut dyn FnMut(Candidate)),
+    explain: fn(&MoeConfig, &Platform, &SelectInputs, &mut dyn FnMut(Candidate)),
     convert: fn(&'static str, &MoeConfig, &Platform, MoeWeights) -> Result<KernelWeights, ConvertError>,
     quant: fn(&MoeConfig, &MoeWeights) -> Result<QuantConfig, QuantConfigError>,
 }
@@ -37,10 +37,10 @@ impl Vtable {
     pub(super) const fn of<O: MoeKernelOracle<Config = SelectInputs>>() -> Self {
         Self {
             select: |config, platform, inputs| O::select_backend(config, platform, inputs).map(|s| s.kernel),
-            explain: |config, platform, sink| {
+            explain: |config, platform, inputs, sink| {
                 let (w, a) = (key_bits(O::WEIGHT_KEY), key_bits(O::ACTIVATION_KEY));
                 for backend in O::priority_backends(config, platform) {
-                    let verdict = supports(O::kernel(*backend), config, platform, &SelectInputs::AUTO, w, a);
+                    let verdict = supports(O::kernel(*backend), config, platform, inputs, w, a);
                     sink(Candidate { backend: backend.name(), verdict });
                 }
             },
@@ -73,8 +73,13 @@ impl DynOracle {
 
     /// Every candidate with the verdict on it, best first.
     pub fn explain(&self, config: &MoeConfig, platform: &Platform) -> Vec<Candidate> {
+        self.explain_for(config, platform, &SelectInputs::AUTO)
+    }
+
+    /// The same, asked as `inputs` say; the backend's name among them changes no verdict.
+    pub fn explain_for(&self, config: &MoeConfig, platform: &Platform, inputs: &SelectInputs) -> Vec<Candidate> {
         let mut all = Vec::new();
-        (self.vtable.explain)(config, platform, &mut |c| all.push(c));
+        (self.vtable.explain)(config, platform, inputs, &mut |c| all.push(c));
         all
     }
 

@@ -1,6 +1,6 @@
 //! Selection: what a kernel is, whether it can serve a layer, and why not. All of it runs in const context.
 
-use crate::config::{Activation, ActivationFormat, All2All, MoeConfig};
+use crate::config::{Activation, ActivationFormat, All2All, InputType, MoeConfig};
 use crate::oracle::MoeBackend;
 use crate::platform::Platform;
 use crate::scheme::Scheme;
@@ -65,15 +65,22 @@ pub struct KernelInfo {
 pub struct SelectInputs {
     /// The backend by name.
     pub backend: MoeBackend,
+    /// Count backends whose kernels are not in this build as refused, instead of judging by the table alone.
+    pub built_only: bool,
 }
 
 impl SelectInputs {
     /// Ours to choose.
-    pub const AUTO: Self = Self { backend: MoeBackend::Auto };
+    pub const AUTO: Self = Self { backend: MoeBackend::Auto, built_only: false };
 
     /// This backend or none.
     pub const fn named(backend: MoeBackend) -> Self {
-        Self { backend }
+        Self { backend, ..Self::AUTO }
+    }
+
+    /// Only what this build can run.
+    pub const fn built_only(self) -> Self {
+        Self { built_only: true, ..self }
     }
 }
 
@@ -109,6 +116,12 @@ pub enum Unsupported {
     /// Sizes that nothing could serve.
     #[error("{0}")]
     Shape(&'static str),
+    /// float32 hidden states on tensor cores.
+    #[error("it takes bf16 or f16 hidden states, not float32")]
+    Input,
+    /// Its kernels were left out of this build.
+    #[error("its kernels are not in this build: {0}")]
+    NotBuilt(&'static str),
     /// LoRA.
     #[error("LoRA adapters on experts are not supported by any kernel of this crate")]
     Lora,
@@ -245,6 +258,11 @@ const fn same(a: &str, b: &str) -> bool {
 }
 
 impl KernelInfo {
+    /// Whether this build carries it. A GPU may still be of an architecture that the build left out.
+    pub const fn built(&self) -> bool {
+        matches!(self.device, Device::Cpu) || super::NO_CUDA.is_none()
+    }
+
     /// Whether it computes this activation, whatever its parameters.
     pub const fn computes(&self, activation: Activation) -> bool {
         self.activations & 1 << activation.index() != 0
@@ -261,7 +279,7 @@ pub const fn supports(
     kernel: &KernelInfo,
     config: &MoeConfig,
     platform: &Platform,
-    _inputs: &SelectInputs,
+    inputs: &SelectInputs,
     w: u64,
     a: u64,
 ) -> Result<(), Unsupported> {
@@ -292,6 +310,20 @@ pub const fn supports(
     }
     if matches!(config.parallel.all2all, All2All::Mori) {
         return Err(Unsupported::Transport);
+    }
+    if let Device::Cuda { .. } = kernel.device {
+        if matches!(config.input, InputType::F32) {
+            return Err(Unsupported::Input);
+        }
+        if !config.hidden.is_multiple_of(8) {
+            return Err(Unsupported::Shape("it needs a hidden size that is a multiple of 8"));
+        }
+        if matches!(kernel.experts, ExpertsKind::Decode) && config.topk > 32 {
+            return Err(Unsupported::Shape("it needs a top-k of at most 32"));
+        }
+        if let (true, Some(why)) = (inputs.built_only, super::NO_CUDA) {
+            return Err(Unsupported::NotBuilt(why));
+        }
     }
     Ok(())
 }

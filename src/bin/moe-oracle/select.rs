@@ -28,6 +28,9 @@ pub struct Args {
     /// Print what is supported, as the README has it
     #[arg(long)]
     matrix: bool,
+    /// Refuse backends whose kernels are not in this build, instead of judging by the table alone
+    #[arg(long)]
+    built_only: bool,
     /// What the weights are, by name here or in vLLM; `none` for 16-bit ones
     #[arg(long, value_name = "NAME", value_parser = key)]
     weight_key: Option<Key>,
@@ -138,6 +141,8 @@ struct Answer {
     activation_key: Option<&'static str>,
     platform: String,
     backend: Option<&'static str>,
+    /// Whether this build carries the backend's kernels.
+    built: Option<bool>,
     error: Option<String>,
     candidates: Vec<CandidateRow>,
 }
@@ -148,7 +153,7 @@ pub fn run(args: Args) -> Outcome {
         return matrix::run();
     }
     match (&args.jsonl, args.scheme.as_deref().and_then(Scheme::by_name)) {
-        (Some(file), _) => jsonl::run(file),
+        (Some(file), _) => jsonl::run(file, args.built_only),
         (None, Some(scheme)) => one(&args, scheme),
         (None, None) => Err(Failure::said("--scheme, --jsonl or --matrix is needed")),
     }
@@ -177,8 +182,9 @@ fn one(args: &Args, scheme: Scheme) -> Outcome {
     config.bias = args.bias;
     config.lora = args.lora;
     config.format = layer::format(&args.format).map_err(Failure::Said)?;
-    let choice = oracle.select(&config, &args.platform, &SelectInputs::named(args.backend));
-    let candidates = oracle.explain(&config, &args.platform);
+    let inputs = SelectInputs { backend: args.backend, built_only: args.built_only };
+    let choice = oracle.select(&config, &args.platform, &inputs);
+    let candidates = oracle.explain_for(&config, &args.platform, &inputs);
     let mut out = Out::new();
     if args.json {
         let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
@@ -188,6 +194,7 @@ fn one(args: &Args, scheme: Scheme) -> Outcome {
             activation_key: key(oracle.activation),
             platform: args.platform.to_string(),
             backend: choice.ok().map(|k| k.name),
+            built: choice.ok().map(|k| k.built()),
             error: choice.err().map(|e| e.to_string()),
             candidates: candidates.iter().map(|c| CandidateRow::from(*c)).collect(),
         })?;
@@ -197,6 +204,9 @@ fn one(args: &Args, scheme: Scheme) -> Outcome {
         out.line(format_args!("platform  {}", args.platform))?;
         if let Ok(kernel) = choice {
             out.line(format_args!("backend   {}", kernel.name))?;
+            if let (false, Some(why)) = (kernel.built(), moe_oracle::oracle::NO_CUDA) {
+                out.line(format_args!("build     without its kernels: {why}"))?;
+            }
             out.line(format_args!("why       {}", why(kernel.name, args.backend, &candidates)))?;
         }
         if args.explain {

@@ -56,18 +56,20 @@ struct Extra {
 struct Decision {
     id: Value,
     backend: Option<&'static str>,
+    /// Whether this build carries the backend's kernels.
+    built: Option<bool>,
     error: Option<String>,
     candidates: Vec<CandidateRow>,
 }
 
 impl Decision {
     fn error(id: Value, error: String) -> Self {
-        Self { id, backend: None, error: Some(error), candidates: Vec::new() }
+        Self { id, backend: None, built: None, error: Some(error), candidates: Vec::new() }
     }
 }
 
 /// Answers every line of the file on stdout, in order.
-pub fn run(path: &Path) -> Outcome {
+pub fn run(path: &Path, built_only: bool) -> Outcome {
     let failed = |e: std::io::Error| Failure::said(format_args!("{} can't be read: {e}", path.display()));
     let mut input: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(std::io::stdin().lock())
@@ -83,16 +85,16 @@ pub fn run(path: &Path) -> Outcome {
             return out.flush();
         }
         if !line.trim_ascii().is_empty() {
-            out.json(&decide(&line))?;
+            out.json(&decide(&line, built_only))?;
         }
     }
 }
 
-fn decide(line: &[u8]) -> Decision {
+fn decide(line: &[u8], built_only: bool) -> Decision {
     match serde_json::from_slice::<Line>(line) {
         Ok(mut line) => {
             let id = line.id.take();
-            answer(&line).map_or_else(|e| Decision::error(id.clone(), e), |d| Decision { id: id.clone(), ..d })
+            answer(&line, built_only).map_or_else(|e| Decision::error(id.clone(), e), |d| Decision { id: id.clone(), ..d })
         }
         Err(e) => match serde_json::from_slice::<Value>(line) {
             Ok(mut value) => {
@@ -109,7 +111,7 @@ fn key(name: &Option<String>) -> Result<Option<QuantKey>, ()> {
     name.as_deref().map_or(Ok(None), |n| QuantKey::by_name(n).map(Some).ok_or(()))
 }
 
-fn answer(line: &Line) -> Result<Decision, String> {
+fn answer(line: &Line, built_only: bool) -> Result<Decision, String> {
     let scheme = Scheme::by_name(&line.scheme).ok_or_else(|| {
         format!("`{}` is no scheme; there are {}", line.scheme, Scheme::ALL.map(Scheme::name).join(", "))
     })?;
@@ -130,14 +132,16 @@ fn answer(line: &Line) -> Result<Decision, String> {
         let all = usual(scheme).map(|o| o.explain(&config, &platform)).unwrap_or_default();
         let refused = |backend| CandidateRow { backend, supported: false, reason: Some(WHY.into()) };
         let candidates = all.iter().map(|c| refused(c.backend)).collect();
-        return Ok(Decision { id: Value::Null, backend: None, error: Some(WHY.into()), candidates });
+        return Ok(Decision { id: Value::Null, backend: None, built: None, error: Some(WHY.into()), candidates });
     };
-    let choice = oracle.select(&config, &platform, &SelectInputs::named(asked));
+    let inputs = SelectInputs { backend: asked, built_only };
+    let choice = oracle.select(&config, &platform, &inputs);
     Ok(Decision {
         id: Value::Null,
         backend: choice.ok().map(|k| k.name),
+        built: choice.ok().map(|k| k.built()),
         error: choice.err().map(|e| e.to_string()),
-        candidates: oracle.explain(&config, &platform).into_iter().map(CandidateRow::from).collect(),
+        candidates: oracle.explain_for(&config, &platform, &inputs).into_iter().map(CandidateRow::from).collect(),
     })
 }
 
