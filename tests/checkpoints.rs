@@ -33,9 +33,15 @@ fn cases(expect: &str) -> Vec<(PathBuf, Value)> {
 }
 
 fn run(case: &Path, input: &Path, output: &Path, backend: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-oracle"));
+    run_on("cpu", case, input, output, backend)
+}
+
+/// MOE_ORACLE_BIN names the program where the one that cargo built lies elsewhere.
+fn run_on(device: &str, case: &Path, input: &Path, output: &Path, backend: &str) -> Output {
+    let built = || env!("CARGO_BIN_EXE_moe-oracle").into();
+    let mut command = Command::new(std::env::var_os("MOE_ORACLE_BIN").unwrap_or_else(built));
     command.arg("run").arg("--model").arg(case).arg("--input").arg(input).arg("--output").arg(output);
-    command.args(["--backend", backend, "--threads", "2"]).output().unwrap()
+    command.args(["--backend", backend, "--threads", "2", "--device", device]).output().unwrap()
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f64> {
@@ -105,14 +111,27 @@ fn check(name: &str, case: &Value, output: &[u8], expected: &[u8]) {
 
 #[test]
 fn every_good_checkpoint_is_answered_within_its_tolerance() {
+    good("cpu", &["cpu_reference", "cpu_simd", "auto"]);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn every_good_checkpoint_is_answered_within_its_tolerance_on_a_gpu() {
+    match moe_oracle::cuda::Gpu::open(0) {
+        Ok(_) => good("cuda", &["cuda_decode", "auto"]),
+        Err(why) => println!("skipped: {why}"),
+    }
+}
+
+fn good(device: &str, backends: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let cases = cases("ok");
     assert!(!cases.is_empty(), "the repository's own fixtures are missing");
     for (case, facts) in &cases {
-        for backend in ["cpu_reference", "cpu_simd", "auto"] {
+        for backend in backends {
             let name = format!("{} with {backend}", case.display());
             let out = dir.path().join("out.safetensors");
-            let result = run(case, &case.join("input.safetensors"), &out, backend);
+            let result = run_on(device, case, &case.join("input.safetensors"), &out, backend);
             assert!(result.status.success(), "{name}: {}", String::from_utf8_lossy(&result.stderr));
             let said = String::from_utf8_lossy(&result.stdout);
             assert!(said.contains(facts["scheme"].as_str().unwrap()), "{name} does not name its scheme: {said}");

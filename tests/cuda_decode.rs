@@ -19,8 +19,11 @@ fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
 }
 
 /// As tests/layers.rs has it for these input types, the activation's result being rounded to 16 bits as the output is.
-fn bound(input: InputType) -> f64 {
-    if input == InputType::F16 { 6e-4 } else { 4e-3 }
+fn bound(layer: &Layer) -> f64 {
+    let out = if layer.config.input == InputType::F16 { 6e-4 } else { 4e-3 };
+    // Weights that no packed format holds are rounded to 16 bits, too, in all three projections.
+    let rounded = matches!(layer.oracle.alias, "Int4" | "Int4Asym" | "Int8Group" | "Int8GroupAsym" | "Int8GroupWeightOnly");
+    if rounded { 1.5 * out } else { out }
 }
 
 /// Compares with the reference: eager, and the same bits again from a graph.
@@ -34,8 +37,8 @@ fn check(stream: &moe_oracle::cuda::Stream, layer: &Layer, rng: &mut Rng, tokens
     let have = gpu::values(layer.config.input, &bits);
     let want = Reference::new(layer, None).forward(&x, &ids, &weights, None);
     let error = relative_error(&have, &want);
-    let bound = bound(layer.config.input);
-    assert!(error < bound, "{}, {tokens} tokens, {skew:?}, {:?}: {error:e}", layer.oracle.alias, layer.config);
+    let bound = bound(layer);
+    assert!(error < bound, "{}: {error:e}, {tokens} tokens, {skew:?}, {:?}", layer.oracle.alias, layer.config);
     assert!(have.iter().all(|v| !v.is_nan()), "{}: not all written", layer.oracle.alias);
     assert_eq!(call.replay(stream, &kernel), bits, "{}: a graph's replay differs", layer.oracle.alias);
 }
