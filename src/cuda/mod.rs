@@ -5,6 +5,7 @@
 
 mod call;
 mod device;
+pub mod emulation;
 mod error;
 mod event;
 mod fatbin;
