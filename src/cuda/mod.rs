@@ -6,6 +6,7 @@
 mod call;
 mod decode;
 mod device;
+pub mod emulation;
 mod error;
 mod event;
 mod fatbin;

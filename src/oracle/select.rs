@@ -37,7 +37,7 @@ pub enum ExpertsKind {
     Decode,
     /// CUDA kernels on tensor cores, for many tokens.
     Mma,
-    /// CUDA kernels that quantise activations as keyed and compute with the quantised values.
+    /// CUDA kernels that compute from the definition over canonical weights; activations stay exact.
     Emulation,
 }
 

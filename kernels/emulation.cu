@@ -1,0 +1,167 @@
+// Emulation: the layer from its definition, in float32 over canonical weights (src/weights.rs), one warp per result.
+// What the fast kernels are compared with; it knows nothing of their packed formats.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/activation.cuh"
+
+namespace {
+
+constexpr int LANES = 32;
+
+enum Elem : int { BF16, F16, E4M3, E2M1, INT8, U4, U8 };
+enum ScaleType : int { SCALE_F32, SCALE_E8M0, SCALE_E4M3 };
+
+// A matrix, row-major. One scale, and one zero point, for `scale_rows` x `scale_cols` elements.
+struct Matrix {
+    const uint8_t* codes;
+    const void* scales;
+    const uint8_t* zeros;    // null: `middle` is every element's zero point
+    const uint32_t* groups;  // of each column; null: column / scale_cols
+    float global, middle;
+    int elem, scale;
+    int scale_rows, scale_cols;
+};
+
+// `gate` and the biases may be null.
+struct Expert {
+    Matrix gate, up, down;
+    const float *gate_bias, *up_bias, *down_bias;
+};
+
+struct Layer {
+    const Expert* local;
+    int hidden, inter;
+    int experts, local_experts, topk;
+    int bf16, weight_on_input;  // 0 or 1
+    moe::Activation activation;
+};
+
+// The call, and the tokens of this launch.
+struct Call {
+    const uint16_t* hidden;  // [T, H]
+    const int* ids;          // [T, k]
+    const float* weights;    // [T, k]
+    const int* map;          // [E], local ids; null: every expert is local
+    float* middle;           // [tokens of the launch, k, I]
+    uint16_t* output;        // [T, H]
+    int64_t first, tokens;
+};
+
+// src/cuda/emulation.rs has the same.
+static_assert(sizeof(Expert) == 192 && sizeof(Layer) == 56 && sizeof(Call) == 64, "");
+
+__device__ float half_value(bool bf16, uint16_t bits) {
+    return bf16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+}
+
+// A number of 1 + exponent + mantissa bits, subnormals included. The formats have neither infinities nor, in checked
+// weights, NaNs.
+template <int kExponent, int kMantissa>
+__device__ float minifloat(unsigned code) {
+    constexpr int bias = (1 << (kExponent - 1)) - 1;
+    const unsigned mantissa = code & ((1 << kMantissa) - 1), exponent = code >> kMantissa & ((1 << kExponent) - 1);
+    const float smallest = __uint_as_float(static_cast<unsigned>(127 + 1 - bias - kMantissa) << 23);
+    const float magnitude = exponent == 0
+                                ? static_cast<float>(mantissa) * smallest
+                                : __uint_as_float((exponent + 127 - bias) << 23 | mantissa << (23 - kMantissa));
+    return code >> (kExponent + kMantissa) & 1 ? -magnitude : magnitude;
+}
+
+// The low nibble first.
+__device__ unsigned nibble(const uint8_t* codes, int64_t at) { return codes[at / 2] >> (at % 2 * 4) & 15; }
+
+__device__ float element(const Matrix& m, int64_t at) {
+    switch (m.elem) {
+        case BF16:
+        case F16: return half_value(m.elem == BF16, reinterpret_cast<const uint16_t*>(m.codes)[at]);
+        case E4M3: return minifloat<4, 3>(m.codes[at]);
+        case E2M1: return minifloat<2, 1>(nibble(m.codes, at));
+        case INT8: return static_cast<int8_t>(m.codes[at]);
+        case U4: return nibble(m.codes, at);
+        default: return m.codes[at];
+    }
+}
+
+__device__ float scale(const Matrix& m, int64_t at) {
+    const uint8_t* codes = static_cast<const uint8_t*>(m.scales);
+    switch (m.scale) {
+        case SCALE_F32: return static_cast<const float*>(m.scales)[at];
+        // 2^(code - 127), of which the first is a subnormal.
+        case SCALE_E8M0: return __uint_as_float(codes[at] == 0 ? 1u << 22 : static_cast<unsigned>(codes[at]) << 23);
+        default: return minifloat<4, 3>(codes[at]);
+    }
+}
+
+// One weight of a matrix with `cols` columns.
+__device__ float value(const Matrix& m, int row, int col, int cols) {
+    const int64_t per_row = (cols + m.scale_cols - 1) / m.scale_cols;
+    const int64_t group = m.groups != nullptr ? m.groups[col] : col / m.scale_cols;
+    const int64_t at = row / m.scale_rows * per_row + group;
+    const float zero = m.zeros != nullptr ? static_cast<float>(m.zeros[at]) : m.middle;
+    return (element(m, static_cast<int64_t>(row) * cols + col) - zero) * scale(m, at) * m.global;
+}
+
+// Row `row` times x plus its bias; the warp's lanes all get it. x gives the vector's elements.
+template <class X>
+__device__ float project(const Matrix& m, const float* bias, int row, int cols, X x) {
+    float sum = 0.f;
+    for (int col = threadIdx.x % LANES; col < cols; col += LANES) sum = fmaf(value(m, row, col, cols), x(col), sum);
+    for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return bias != nullptr ? sum + bias[row] : sum;
+}
+
+// The expert of a slot, null where it is not on this rank or does not exist.
+__device__ const Expert* expert(const Layer& layer, const Call& call, int64_t slot) {
+    const int id = call.ids[slot];
+    if (id < 0 || id >= layer.experts) return nullptr;
+    const int local = call.map != nullptr ? call.map[id] : id;
+    return local < 0 || local >= layer.local_experts ? nullptr : layer.local + local;
+}
+
+__device__ int64_t warp() { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / LANES; }
+__device__ int64_t warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / LANES; }
+
+}  // namespace
+
+// Both projections of H and the activation: one element of `middle` at a time. Those of absent experts stay unwritten.
+extern "C" __global__ void emulation_first(Layer layer, Call call) {
+    const int64_t results = call.tokens * layer.topk * layer.inter;
+    for (int64_t n = warp(); n < results; n += warps()) {
+        const int64_t slot = call.first * layer.topk + n / layer.inter;
+        const int row = static_cast<int>(n % layer.inter);
+        const Expert* e = expert(layer, call, slot);
+        if (e == nullptr) continue;
+        const uint16_t* hidden = call.hidden + slot / layer.topk * layer.hidden;
+        const float factor = layer.weight_on_input ? call.weights[slot] : 1.f;
+        const auto x = [&](int col) { return half_value(layer.bf16, hidden[col]) * factor; };
+        const float gate = moe::gated(layer.activation) ? project(e->gate, e->gate_bias, row, layer.hidden, x) : 0.f;
+        const float up = project(e->up, e->up_bias, row, layer.hidden, x);
+        if (threadIdx.x % LANES == 0) call.middle[n] = moe::apply(layer.activation, gate, up);
+    }
+}
+
+// The projection of I, summed over a token's slots in their order: one element of the output at a time.
+extern "C" __global__ void emulation_second(Layer layer, Call call) {
+    const int64_t results = call.tokens * layer.hidden;
+    for (int64_t n = warp(); n < results; n += warps()) {
+        const int64_t token = n / layer.hidden;
+        const int row = static_cast<int>(n % layer.hidden);
+        float sum = 0.f;
+        for (int64_t k = token * layer.topk; k < (token + 1) * layer.topk; ++k) {
+            const int64_t slot = call.first * layer.topk + k;
+            const Expert* e = expert(layer, call, slot);
+            if (e == nullptr) continue;
+            const float* middle = call.middle + k * layer.inter;
+            const float y = project(e->down, e->down_bias, row, layer.inter, [&](int col) { return middle[col]; });
+            sum += layer.weight_on_input ? y : call.weights[slot] * y;
+        }
+        if (threadIdx.x % LANES == 0) {
+            call.output[(call.first + token) * layer.hidden + row] =
+                layer.bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(sum)) : __half_as_ushort(__float2half_rn(sum));
+        }
+    }
+}
