@@ -10,6 +10,13 @@
 namespace moe {
 
 constexpr int kColumns = 8;
+
+// What a launch is for.
+enum class Mode {
+    kOne,      // a single token
+    kMany,     // tokens that may share experts
+    kBatched,  // the batched format: an expert's tokens lie together, results stay per expert
+};
 // T * topk at most.
 constexpr int kMaxItems = 128;
 // Places of the warps' rings; src/cuda/decode.rs has the same.
@@ -25,6 +32,10 @@ struct DecodeParams {
     const int* map;  // global to local expert, or null
     C::T* middle;    // [tokens * topk, middle_stride], a stride of all rows that the first kernel makes
     C::T* output;    // [tokens, hidden_size]
+    // Batched: hidden and output are [experts, max_tokens, hidden_size], of which counts[expert] rows are tokens;
+    // middle is [experts * max_tokens, middle_stride].
+    const int* counts;
+    int max_tokens;
     int tokens, topk, hidden_size, middle_stride, experts;
     int weight_on_input;
     Activation activation;
@@ -100,25 +111,47 @@ __device__ __forceinline__ void wait_for_tokens(uint32_t at) {
 #endif
 }
 
+// Tokens of a batched expert from the block's first on; as many as there are columns, or fewer, or none.
+__device__ __forceinline__ int batched_tokens(const DecodeParams& p, int expert, int first) {
+    return min(min(p.counts[expert], p.max_tokens) - first, kColumns);
+}
+
 // Gate, up and activation, times the routing weight.
-template <bool kOne>
+template <Mode kMode>
 __device__ __forceinline__ void first(const DecodeParams& p) {
+    constexpr bool kOne = kMode == Mode::kOne, kBatched = kMode == Mode::kBatched;
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    const int g = lane >> 2, slab = blockIdx.x, token = kOne ? 0 : blockIdx.y / p.topk, slot = blockIdx.y - token * p.topk;
+    const int g = lane >> 2, slab = blockIdx.x;
+    // The column whose result this thread may write.
+    const int c = kOne ? 0 : threadIdx.x / 16, r = threadIdx.x % 16;
     wait_for_previous_grid();
     release_next_grid();
 
-    const int id = uniform(p.ids[blockIdx.y]);
-    const int expert = uniform(local_expert(p, id));
-    if (expert < 0) return;
-    // Column g is token g, if it has this expert, too.
-    int column_slot = kOne ? slot : -1;
-    if (!kOne) {
-        const int nth = occurrence(p.ids, p.topk, token, slot);
-        if (g < p.tokens) column_slot = slot_of(p.ids, p.topk, g, id, nth);
-        // The block of the first token that has it does the work for all.
-        const unsigned owners = __ballot_sync(~0u, column_slot >= 0);
-        if (__ffs(owners) - 1 != 4 * token) return;
+    // Which expert; which row of `hidden` is column g, and which row of `middle` column c, or -1.
+    int expert, hidden_row = 0, middle_row;
+    float weight = 1.f;
+    if constexpr (kBatched) {
+        expert = blockIdx.y;
+        const int start = blockIdx.z * kColumns, tokens = batched_tokens(p, expert, start);
+        if (tokens <= 0) return;
+        hidden_row = g < tokens ? expert * p.max_tokens + start + g : -1;
+        middle_row = c < tokens ? expert * p.max_tokens + start + c : -1;
+    } else {
+        const int token = kOne ? 0 : blockIdx.y / p.topk, slot = blockIdx.y - token * p.topk;
+        const int id = uniform(p.ids[blockIdx.y]);
+        expert = uniform(local_expert(p, id));
+        if (expert < 0) return;
+        if constexpr (kOne) {
+            middle_row = slot;
+        } else {
+            // Column g is token g, if it has this expert, too.
+            const int nth = occurrence(p.ids, p.topk, token, slot);
+            hidden_row = g < p.tokens && slot_of(p.ids, p.topk, g, id, nth) >= 0 ? g : -1;
+            // The block of the first token that has it does the work for all.
+            if (__ffs(__ballot_sync(~0u, hidden_row >= 0)) - 1 != 4 * token) return;
+            const int my_slot = c < p.tokens ? slot_of(p.ids, p.topk, c, id, nth) : -1;
+            middle_row = my_slot < 0 ? -1 : c * p.topk + my_slot;
+        }
     }
 
     // The warps take the slab's chunks in turn, so that together they read one run of memory.
@@ -134,15 +167,12 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
     };
     for (int d = 0; d < kFirstDepth - 1; d++) fetch(d, warp + d * warps);
 
-    // What the last lines need, on its way early: thread i has row i % 16 of column i / 16.
-    const int c = kOne ? 0 : threadIdx.x / 16, r = threadIdx.x % 16;
-    int my_slot = slot;
-    if (!kOne) my_slot = threadIdx.x < 128 && c < p.tokens ? slot_of(p.ids, p.topk, c, id, occurrence(p.ids, p.topk, token, slot)) : -1;
-    const bool live = kOne ? threadIdx.x < 16 : my_slot >= 0;
+    // What the last lines need, on its way early.
+    const bool live = threadIdx.x < (kOne ? 16 : 128) && middle_row >= 0;
     const long long at = ((long long)expert * p.first.slabs + slab) * 16 + r;
-    float weight = 1.f, factor = 1.f, bias = 0.f;
+    float factor = 1.f, bias = 0.f;
     if (live) {
-        weight = p.weights[c * p.topk + my_slot];
+        if (!kBatched) weight = p.weights[middle_row];
         factor = p.first.factors[at];
         if (p.first.bias != nullptr) bias = p.first.bias[at];
     }
@@ -161,7 +191,7 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
         wait_for_tokens(tokens_at);
         run(tokens_at + 16);
     } else {
-        run(column_slot >= 0 ? reinterpret_cast<const char*>(p.hidden + (long long)g * length) : nullptr);
+        run(hidden_row >= 0 ? reinterpret_cast<const char*>(p.hidden + (long long)hidden_row * length) : nullptr);
     }
     __syncthreads();
 
@@ -170,11 +200,11 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
     sum += bias;
     // Up's eight rows go over to the lanes that hold gate's.
     const float up = __shfl_down_sync(~0u, sum, 8);
-    C::T* middle = p.middle + (long long)(c * p.topk + my_slot) * p.middle_stride;
+    C::T* middle = p.middle + (long long)middle_row * p.middle_stride;
     if (gated(p.activation)) {
-        if (live && r < 8) middle[slab * 8 + r] = C::from_float(apply(p.activation, sum, up) * weight);
+        if (live && r < 8) middle[slab * 8 + r] = C::between(apply(p.activation, sum, up) * weight);
     } else if (live) {
-        middle[slab * 16 + r] = C::from_float(apply(p.activation, 0.f, sum) * weight);
+        middle[slab * 16 + r] = C::between(apply(p.activation, 0.f, sum) * weight);
     }
 }
 
@@ -236,17 +266,30 @@ __device__ __forceinline__ void collect(const DecodeParams& p, int first_token, 
 }
 
 // Down, summed over a token's experts.
-template <bool kOne>
+template <Mode kMode>
 __device__ __forceinline__ void second(const DecodeParams& p) {
-    __shared__ Items<kOne> items;
+    constexpr bool kOne = kMode == Mode::kOne, kBatched = kMode == Mode::kBatched;
+    __shared__ Items<kOne || kBatched> items;
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warps = blockDim.x >> 5;
     const int g = lane >> 2, slab = blockIdx.x;
-    const int first_token = kOne ? blockIdx.y : 0, tokens = kOne ? 1 : p.tokens;
+    const int start = blockIdx.z * kColumns, tokens = kOne ? 1 : kBatched ? batched_tokens(p, blockIdx.y, start) : p.tokens;
+    if (kBatched && tokens <= 0) {
+        // Not without the grid ahead: whoever waits for this one counts on that.
+        wait_for_previous_grid();
+        return;
+    }
+    // Of the output's rows.
+    const int first_token = kOne ? blockIdx.y : kBatched ? blockIdx.y * p.max_tokens + start : 0;
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     const uint32_t tokens_at = memory + warps * SecondRing::kBytes;
     const SecondRing ring(memory, warp, lane);
     // The ids were complete before the grid ahead of this one began, so that weights can be on their way already.
-    collect<kOne>(p, first_token, tokens, items);
+    if constexpr (kBatched) {
+        if (threadIdx.x == 0) items.count = 1, items.expert[0] = blockIdx.y;
+        __syncthreads();
+    } else {
+        collect<kOne>(p, first_token, tokens, items);
+    }
 
     // The warps take the chunks of all items in turn.
     const int chunks = SecondRing::chunks(p.second), length = p.middle_stride, count = uniform(items.count);
@@ -278,13 +321,18 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
 
     float out[4] = {0.f, 0.f, 0.f, 0.f}, acc[4] = {0.f, 0.f, 0.f, 0.f};
     int place = 0, free_place = kSecondDepth - 1, round = 0;
-    const C::T* tokens_from = p.middle + (long long)first_token * p.topk * length;
+    const C::T* tokens_from = p.middle + (long long)first_token * (kBatched ? 1 : p.topk) * length;
     if constexpr (kOne) {
         fetch_tokens(tokens_at, tokens_from, p.topk * length * 2);
         wait_for_tokens(tokens_at);
     }
     while (at.item < count) {
-        const int slot = items.slot[at.item][kOne ? 0 : g];
+        // The row of the lane's token, from the block's first on.
+        int row = g < tokens ? g : -1;
+        if (!kBatched) {
+            const int slot = items.slot[at.item][kOne ? 0 : g];
+            row = kOne ? slot : slot < 0 ? -1 : g * p.topk + slot;
+        }
         const float factor[2] = {items.factor[at.item][g], items.factor[at.item][g + 8]};
         auto run = [&](auto row) {
             for (; at.chunk < chunks; at.chunk += warps) {
@@ -295,9 +343,9 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
             }
         };
         if constexpr (kOne) {
-            run(tokens_at + 16 + slot * length * 2);
+            run(tokens_at + 16 + row * length * 2);
         } else {
-            run(slot >= 0 ? reinterpret_cast<const char*>(tokens_from + (long long)(g * p.topk + slot) * length) : nullptr);
+            run(row >= 0 ? reinterpret_cast<const char*>(tokens_from + (long long)row * length) : nullptr);
         }
         settle(at);
         out[0] = fmaf(acc[0], factor[0], out[0]), out[1] = fmaf(acc[1], factor[0], out[1]);
@@ -309,7 +357,9 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
     float sum = reduce<kOne>(reinterpret_cast<float*>(shared_memory), out, warp, warps, lane);
     const int c = threadIdx.x / 16, r = slab * 16 + threadIdx.x % 16;
     if (threadIdx.x < 128 && c < tokens && r < p.hidden_size) {
-        if (p.second.bias != nullptr) {
+        if (kBatched) {
+            if (p.second.bias != nullptr) sum += p.second.bias[(long long)blockIdx.y * p.second.slabs * 16 + r];
+        } else if (p.second.bias != nullptr) {
             for (int j = 0; j < p.topk; j++) {
                 const int slot = (first_token + c) * p.topk + j, expert = local_expert(p, p.ids[slot]);
                 if (expert < 0) continue;
@@ -325,19 +375,33 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
 
 // Shared memory of all: the warps' rings (common/stream.cuh), which then serve to add up.
 
+// Blocks per multiprocessor that the registers must allow: as many as they do without spills.
+constexpr int kBlocksOne = moe::S::kZero ? 2 : 4, kBlocksMany = moe::S::kZero ? 2 : 3;
+
 // grid (first.slabs, topk)
-extern "C" __global__ void __launch_bounds__(256, 4) moe_decode_first_one(const __grid_constant__ moe::DecodeParams p) {
-    moe::first<true>(p);
+extern "C" __global__ void __launch_bounds__(256, kBlocksOne) moe_decode_first_one(const __grid_constant__ moe::DecodeParams p) {
+    moe::first<moe::Mode::kOne>(p);
 }
 // grid (first.slabs, tokens * topk)
-extern "C" __global__ void __launch_bounds__(256, 4) moe_decode_first_many(const __grid_constant__ moe::DecodeParams p) {
-    moe::first<false>(p);
+extern "C" __global__ void __launch_bounds__(256, kBlocksMany) moe_decode_first_many(const __grid_constant__ moe::DecodeParams p) {
+    moe::first<moe::Mode::kMany>(p);
+}
+// grid (first.slabs, local experts, max_tokens / 8 rounded up)
+extern "C" __global__ void __launch_bounds__(256, kBlocksMany)
+    moe_decode_first_batched(const __grid_constant__ moe::DecodeParams p) {
+    moe::first<moe::Mode::kBatched>(p);
 }
 // grid (second.slabs, tokens): a block has one token, whose bits then do not depend on the others
 extern "C" __global__ void __launch_bounds__(512, 1) moe_decode_second_one(const __grid_constant__ moe::DecodeParams p) {
-    moe::second<true>(p);
+    moe::second<moe::Mode::kOne>(p);
 }
 // grid (second.slabs)
-extern "C" __global__ void __launch_bounds__(512, 1) moe_decode_second_many(const __grid_constant__ moe::DecodeParams p) {
-    moe::second<false>(p);
+extern "C" __global__ void __launch_bounds__(512, 1)
+    moe_decode_second_many(const __grid_constant__ moe::DecodeParams p) {
+    moe::second<moe::Mode::kMany>(p);
+}
+// grid (second.slabs, local experts, max_tokens / 8 rounded up)
+extern "C" __global__ void __launch_bounds__(512, 1)
+    moe_decode_second_batched(const __grid_constant__ moe::DecodeParams p) {
+    moe::second<moe::Mode::kBatched>(p);
 }

@@ -40,6 +40,8 @@ struct Bf16 {
         return r;
     }
     static __device__ __forceinline__ T from_float(float x) { return __float2bfloat16_rn(x); }
+    // The same for what is not a result yet.
+    static __device__ __forceinline__ T between(float x) { return from_float(x); }
     static __device__ __forceinline__ float to_float(T x) { return __bfloat162float(x); }
 
     // c += a (16 rows x 16) * b (16 x 8 columns), in the register layout of the instruction.
@@ -65,8 +67,9 @@ struct F16 {
         asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
         return r;
     }
-    // Beyond the range of f16: its largest value, not infinity.
-    static __device__ __forceinline__ T from_float(float x) {
+    static __device__ __forceinline__ T from_float(float x) { return __float2half_rn(x); }
+    // For what is not a result yet: beyond the range of f16 its largest value, not infinity.
+    static __device__ __forceinline__ T between(float x) {
         return __float2half_rn(isfinite(x) ? fminf(fmaxf(x, -65504.f), 65504.f) : x);
     }
     static __device__ __forceinline__ float to_float(T x) { return __half2float(x); }

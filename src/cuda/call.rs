@@ -36,3 +36,35 @@ impl Tensors<'_> {
         Ok(())
     }
 }
+
+/// The memory of one call in the batched format: E local experts with `max` slots each, of which the first `counts[e]`
+/// hold tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchedTensors<'a> {
+    /// `[E, max, H]`, 16-bit; aligned to 16 bytes
+    pub hidden: DevicePtr<'a, u16>,
+    /// `[E]`
+    pub counts: DevicePtr<'a, i32>,
+    /// `[E, max, H]`, 16-bit, written where there are tokens: results without routing weights
+    pub output: DevicePtr<'a, u16>,
+    /// Scratch of `workspace_bytes(max)`, whatever it holds; aligned to 256 bytes
+    pub workspace: DevicePtr<'a, u8>,
+}
+
+impl BatchedTensors<'_> {
+    /// Checks the lengths for a call with `max` slots.
+    pub(super) fn check(&self, config: &MoeConfig, max: usize, workspace: usize) -> Result<(), CudaError> {
+        let want = max.checked_mul(config.local_experts * config.hidden);
+        let holds = |have: usize| want.is_some_and(|want| have >= want);
+        if !holds(self.hidden.len()) || !holds(self.output.len()) {
+            return Err(CudaError::Argument("hidden states or output are shorter than the experts' slots"));
+        }
+        if self.counts.len() < config.local_experts {
+            return Err(CudaError::Argument("there are fewer token counts than local experts"));
+        }
+        if self.workspace.len() < workspace {
+            return Err(CudaError::Argument("the workspace is too small: ask workspace_bytes for the most slots"));
+        }
+        Ok(())
+    }
+}

@@ -1,12 +1,12 @@
 //! `cuda_decode`: two launches from expert ids to output, for a handful of tokens at a time (kernels/decode.cu).
 
-use super::call::Tensors;
+use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::pack::{Codes, Format, PackedExperts, PackedProjection};
 use super::{CudaError, Stream};
-use crate::config::{Activation, MoeConfig};
+use crate::config::{Activation, ActivationFormat, MoeConfig};
 
 /// Tokens of a pair of launches: the columns of a tensor-core product.
 const TOKENS: usize = 8;
@@ -42,6 +42,8 @@ struct Params {
     map: u64,
     middle: u64,
     output: u64,
+    counts: u64,
+    max_tokens: i32,
     tokens: i32,
     topk: i32,
     hidden_size: i32,
@@ -49,6 +51,7 @@ struct Params {
     experts: i32,
     weight_on_input: i32,
     activation: [u32; 4],
+    _pad: i32,
 }
 
 /// Warps of a block and bytes of its shared memory.
@@ -106,11 +109,11 @@ fn warps(chunks: usize, most: usize) -> usize {
     chunks.next_power_of_two().clamp(4, most)
 }
 
-/// A projection on the device.
+/// A projection on the device: what `matrix` points into.
 struct Projection {
-    stages: DeviceBuffer,
-    factors: DeviceBuffer,
-    bias: Option<DeviceBuffer>,
+    _stages: DeviceBuffer,
+    _factors: DeviceBuffer,
+    _bias: Option<DeviceBuffer>,
     matrix: Matrix,
 }
 
@@ -129,11 +132,7 @@ impl Projection {
             blocks: p.blocks as i32,
             scale_bf16: i32::from(format.scale_bf16),
         };
-        Ok(Self { stages, factors, bias, matrix })
-    }
-
-    fn bytes(&self) -> usize {
-        self.stages.len() + self.factors.len() + self.bias.as_ref().map_or(0, DeviceBuffer::len)
+        Ok(Self { _stages: stages, _factors: factors, _bias: bias, matrix })
     }
 }
 
@@ -145,10 +144,11 @@ pub struct Decode {
     first_many: Kernel,
     second_one: Kernel,
     second_many: Kernel,
+    first_batched: Kernel,
+    second_batched: Kernel,
     plan: Plan,
     config: MoeConfig,
     middle: usize,
-    bytes_per_expert: usize,
 }
 
 impl Decode {
@@ -170,23 +170,14 @@ impl Decode {
             first_many: load("moe_decode_first_many", plan.first)?,
             second_one: load("moe_decode_second_one", plan.second)?,
             second_many: load("moe_decode_second_many", plan.second)?,
+            first_batched: load("moe_decode_first_batched", plan.first)?,
+            second_batched: load("moe_decode_second_batched", plan.second)?,
             first: Projection::new(stream, &packed.first, packed.format)?,
             second: Projection::new(stream, &packed.second, packed.format)?,
             plan,
             config: *config,
             middle: packed.middle,
-            bytes_per_expert: packed.bytes_per_expert,
         })
-    }
-
-    /// Bytes of weights on the device.
-    pub fn bytes(&self) -> usize {
-        self.first.bytes() + self.second.bytes()
-    }
-
-    /// Bytes that one expert's use must read, as the checkpoint stores them.
-    pub fn bytes_per_expert(&self) -> usize {
-        self.bytes_per_expert
     }
 
     /// Tokens that go through a pair of launches.
@@ -194,9 +185,29 @@ impl Decode {
         TOKENS.min(MAX_ITEMS / self.config.topk)
     }
 
-    /// Bytes of workspace for up to `tokens` tokens.
+    /// Bytes of workspace for up to `tokens` tokens, or slots of an expert in the batched format.
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
-        tokens.min(self.group()) * self.config.topk * self.middle * 2
+        let rows = match self.config.format {
+            ActivationFormat::Standard => tokens.min(self.group()) * self.config.topk,
+            ActivationFormat::Batched => tokens * self.config.local_experts,
+        };
+        rows * self.middle * 2
+    }
+
+    /// What is the same in every call.
+    fn params(&self) -> Params {
+        let c = &self.config;
+        Params {
+            first: self.first.matrix,
+            second: self.second.matrix,
+            topk: c.topk as i32,
+            hidden_size: c.hidden as i32,
+            middle_stride: self.middle as i32,
+            experts: c.experts as i32,
+            weight_on_input: i32::from(c.weight_on_input),
+            activation: activation(c.activation),
+            ..bytemuck::Zeroable::zeroed()
+        }
     }
 
     /// Runs the layer; does not wait.
@@ -221,8 +232,6 @@ impl Decode {
             let n = (tokens - start).min(self.group());
             let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
             let params = Params {
-                first: self.first.matrix,
-                second: self.second.matrix,
                 hidden: at(t.hidden.address(), c.hidden, 2),
                 ids: at(t.topk_ids.address(), c.topk, 4),
                 weights: at(t.topk_weights.address(), c.topk, 4),
@@ -230,12 +239,7 @@ impl Decode {
                 middle: t.workspace.address(),
                 output: at(t.output.address(), c.hidden, 2),
                 tokens: n as i32,
-                topk: c.topk as i32,
-                hidden_size: c.hidden as i32,
-                middle_stride: self.middle as i32,
-                experts: c.experts as i32,
-                weight_on_input: i32::from(c.weight_on_input),
-                activation: activation(c.activation),
+                ..self.params()
             };
             // With batch invariance, a token's sums must not depend on which experts the others chose.
             let alone = n == 1 && !c.batch_invariant;
@@ -247,16 +251,48 @@ impl Decode {
             // the rest is the caller's promise.
             unsafe { launch(stream, first, self.plan.first, grid, &params)? };
             // SAFETY: as above.
-            unsafe { launch(stream, second, self.plan.second, [self.second.matrix.slabs as u32, rows as u32, 1], &params)? };
+            unsafe {
+                launch(stream, second, self.plan.second, [self.second.matrix.slabs as u32, rows as u32, 1], &params)?
+            };
         }
         Ok(())
+    }
+
+    /// Runs the layer in the batched format, `max` slots to an expert; does not wait.
+    ///
+    /// # Safety
+    /// As for [`forward`](Self::forward).
+    pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
+        let c = &self.config;
+        t.check(c, max, self.workspace_bytes(max))?;
+        let params = Params {
+            hidden: t.hidden.address(),
+            middle: t.workspace.address(),
+            output: t.output.address(),
+            counts: t.counts.address(),
+            max_tokens: i32::try_from(max).map_err(|_| CudaError::Argument("more than 2^31 - 1 slots"))?,
+            ..self.params()
+        };
+        let grid = |m: &Matrix| [m.slabs as u32, c.local_experts as u32, max.div_ceil(TOKENS) as u32];
+        // SAFETY: the parameters are those of every entry; lengths were checked, the packed experts live in `self`; the
+        // rest is the caller's promise.
+        unsafe {
+            launch(stream, &self.first_batched, self.plan.first, grid(&self.first.matrix), &params)?;
+            launch(stream, &self.second_batched, self.plan.second, grid(&self.second.matrix), &params)
+        }
     }
 }
 
 /// # Safety
 ///
 /// As for [`Launch::run`], with `Params` as the kernel's only parameter.
-unsafe fn launch(stream: &Stream, kernel: &Kernel, shape: Shape, grid: [u32; 3], params: &Params) -> Result<(), CudaError> {
+unsafe fn launch(
+    stream: &Stream,
+    kernel: &Kernel,
+    shape: Shape,
+    grid: [u32; 3],
+    params: &Params,
+) -> Result<(), CudaError> {
     let launch = Launch { grid, ..Launch::new(1, 32 * shape.warps as u32) };
     // SAFETY: the caller's promise.
     unsafe { launch.shared(shape.shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }

@@ -1,18 +1,41 @@
-//! A layer on the GPU: the device's counterpart of [`MoeKernel`](crate::kernel::MoeKernel) in the standard format.
+//! A layer on the GPU: the device's counterpart of [`MoeKernel`](crate::kernel::MoeKernel).
 
-use super::call::Tensors;
+use super::call::{BatchedTensors, Tensors};
 use super::decode::Decode;
+use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
 use super::pack::PackedExperts;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::kernel;
 use crate::oracle::ConvertError;
+use crate::weights::{MoeWeights, WeightMatrix};
 
 /// Weights in the layout of a GPU backend, still on the host.
 pub enum GpuWeights {
     /// For `cuda_decode`.
     Decode(PackedExperts),
+    /// For `cuda_emulation`, as read.
+    Emulation(MoeWeights),
+}
+
+impl GpuWeights {
+    /// Bytes that one expert's use must read, as the checkpoint stores them.
+    pub fn bytes_per_expert(&self) -> usize {
+        match self {
+            GpuWeights::Decode(packed) => packed.bytes_per_expert,
+            GpuWeights::Emulation(weights) => weights
+                .experts
+                .first()
+                .map_or(0, |e| e.gate.as_ref().map_or(0, WeightMatrix::bytes) + e.up.bytes() + e.down.bytes()),
+        }
+    }
+}
+
+/// What computes.
+enum Experts {
+    Decode(Decode),
+    Emulation(Emulation),
 }
 
 /// A layer that can't be put on the GPU.
@@ -25,6 +48,9 @@ pub enum GpuLayerError {
     /// The driver, the device or the build.
     #[error(transparent)]
     Cuda(#[from] CudaError),
+    /// The emulation refused the weights.
+    #[error(transparent)]
+    Emulation(#[from] EmulationError),
 }
 
 /// A layer on a GPU, ready to run.
@@ -32,7 +58,8 @@ pub struct CudaKernel {
     config: MoeConfig,
     /// Global expert to local, -1 where it lives on another rank.
     map: Option<DeviceBuffer>,
-    experts: Decode,
+    experts: Experts,
+    bytes_per_expert: usize,
 }
 
 impl CudaKernel {
@@ -47,18 +74,23 @@ impl CudaKernel {
         if let Some(problem) = config.problem() {
             return Err(ConvertError::Config(problem).into());
         }
-        if config.format != ActivationFormat::Standard {
-            return Err(ConvertError::Format.into());
+        if config.format == ActivationFormat::Standard || map.is_some() {
+            kernel::check_map(map, config)?;
         }
-        kernel::check_map(map, config)?;
-        let GpuWeights::Decode(packed) = weights;
-        if packed.experts != config.local_experts {
-            let (have, want) = (packed.experts, config.local_experts);
+        let have = match weights {
+            GpuWeights::Decode(packed) => packed.experts,
+            GpuWeights::Emulation(weights) => weights.experts.len(),
+        };
+        if have != config.local_experts {
+            let want = config.local_experts;
             return Err(ConvertError::Shape { what: "the number of experts", have, want }.into());
         }
-        let experts = Decode::new(stream, packed, config)?;
+        let experts = match weights {
+            GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),
+            GpuWeights::Emulation(weights) => Experts::Emulation(Emulation::new(stream, weights, config)?),
+        };
         let map = map.map(|m| DeviceBuffer::of(stream, m)).transpose()?;
-        Ok(Self { config: *config, map, experts })
+        Ok(Self { config: *config, map, experts, bytes_per_expert: weights.bytes_per_expert() })
     }
 
     /// The layer.
@@ -66,19 +98,17 @@ impl CudaKernel {
         &self.config
     }
 
-    /// Bytes of weights on the device.
-    pub fn bytes(&self) -> usize {
-        self.experts.bytes()
-    }
-
     /// Bytes that one expert's use must read, as the checkpoint stores them.
     pub fn bytes_per_expert(&self) -> usize {
-        self.experts.bytes_per_expert()
+        self.bytes_per_expert
     }
 
-    /// Bytes of workspace that [`forward`](Self::forward) needs for up to `tokens` tokens.
+    /// Bytes of workspace that a call needs for up to `tokens` tokens, or slots of an expert in the batched format.
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
-        self.experts.workspace_bytes(tokens)
+        match &self.experts {
+            Experts::Decode(experts) => experts.workspace_bytes(tokens),
+            Experts::Emulation(experts) => experts.workspace_bytes(tokens),
+        }
     }
 
     /// Hidden states, ids and weights to the output, on the stream; does not wait, allocate, lock or look at the
@@ -89,8 +119,32 @@ impl CudaKernel {
     /// with this call may write what is read here or touch what is written. Output and workspace must not overlap
     /// anything else.
     pub unsafe fn forward(&self, stream: &Stream, t: &Tensors<'_>, tokens: usize) -> Result<(), CudaError> {
+        if self.config.format != ActivationFormat::Standard {
+            return Err(CudaError::Argument("this layer was made for the batched format: call forward_batched"));
+        }
         let map = self.map.as_ref().map(DeviceBuffer::ptr::<i32>);
         // SAFETY: the map lives in `self` and has an entry per expert; the rest is the caller's promise.
-        unsafe { self.experts.forward(stream, t, tokens, map) }
+        unsafe {
+            match &self.experts {
+                Experts::Decode(experts) => experts.forward(stream, t, tokens, map),
+                Experts::Emulation(experts) => experts.forward(stream, t, tokens, map),
+            }
+        }
+    }
+
+    /// The batched format: `max` slots to an expert, of which the first `counts[e]` hold tokens; results stay per expert,
+    /// without routing weights. Slots beyond the counts are neither read nor written. Otherwise as
+    /// [`forward`](Self::forward).
+    ///
+    /// # Safety
+    /// As for [`forward`](Self::forward).
+    pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
+        match &self.experts {
+            // SAFETY: the caller's promise.
+            Experts::Decode(experts) if self.config.format == ActivationFormat::Batched => unsafe {
+                experts.forward_batched(stream, t, max)
+            },
+            _ => Err(CudaError::Argument("this layer was made for the standard format: call forward")),
+        }
     }
 }

@@ -19,7 +19,7 @@ pub mod pack;
 pub mod routing;
 mod stream;
 
-pub use call::Tensors;
+pub use call::{BatchedTensors, Tensors};
 pub use device::{Gpu, GpuInfo};
 pub use error::{CudaError, CudaVersion, DriverCode};
 pub use event::Event;

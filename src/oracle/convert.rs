@@ -161,6 +161,10 @@ pub(super) fn convert(
             }
             Ok(KernelWeights::Gpu(GpuWeights::Decode(PackedExperts::new(&weights, config)?)))
         }
+        #[cfg(feature = "cuda")]
+        (ExpertsKind::Emulation, Platform::Cuda(_)) if NO_CUDA.is_none() => {
+            Ok(KernelWeights::Gpu(crate::cuda::GpuWeights::Emulation(weights)))
+        }
         (_, Platform::Cuda(_)) if kernel.experts != ExpertsKind::Simd => {
             Err(ConvertError::NotBuilt { name: kernel.name, why: NO_CUDA.unwrap_or("it has no packer") })
         }

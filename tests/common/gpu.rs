@@ -2,7 +2,7 @@
 
 use super::{Layer, round_to};
 use moe_oracle::config::InputType;
-use moe_oracle::cuda::{CudaKernel, DeviceBuffer, Gpu, Graph, Stream, Tensors};
+use moe_oracle::cuda::{BatchedTensors, CudaKernel, DeviceBuffer, Gpu, Graph, Stream, Tensors};
 use moe_oracle::oracle::{ExpertsKind, KernelWeights, SUPPORT};
 use moe_oracle::platform::Platform;
 
@@ -111,4 +111,20 @@ pub fn forward(stream: &Stream, kernel: &CudaKernel, x: &[f32], ids: &[i32], wei
     let out = values(kernel.config().input, &call.output_bits(stream));
     assert!(out.iter().all(|v| !v.is_nan()), "an output element is NaN or was not written");
     out
+}
+
+/// A call in the batched format over poisoned memory.
+pub fn forward_batched(stream: &Stream, kernel: &CudaKernel, x: &[f32], counts: &[i32], max: usize) -> Vec<f32> {
+    let ty = kernel.config().input;
+    let hidden = DeviceBuffer::of(stream, &bits(ty, x)).unwrap();
+    let counts = DeviceBuffer::of(stream, counts).unwrap();
+    let output = DeviceBuffer::of(stream, &vec![0xffffu16; x.len()]).unwrap();
+    let workspace = DeviceBuffer::of(stream, &vec![0xffu8; kernel.workspace_bytes(max)]).unwrap();
+    let t =
+        BatchedTensors { hidden: hidden.ptr(), counts: counts.ptr(), output: output.ptr(), workspace: workspace.ptr() };
+    // SAFETY: all buffers are of this stream's GPU and live until the download has waited for the work.
+    unsafe { kernel.forward_batched(stream, &t, max) }.unwrap();
+    let mut out = vec![0u16; x.len()];
+    output.download(stream, 0, &mut out).unwrap();
+    values(ty, &out)
 }

@@ -94,7 +94,8 @@ fn decide(line: &[u8], built_only: bool) -> Decision {
     match serde_json::from_slice::<Line>(line) {
         Ok(mut line) => {
             let id = line.id.take();
-            answer(&line, built_only).map_or_else(|e| Decision::error(id.clone(), e), |d| Decision { id: id.clone(), ..d })
+            answer(&line, built_only)
+                .map_or_else(|e| Decision::error(id.clone(), e), |d| Decision { id: id.clone(), ..d })
         }
         Err(e) => match serde_json::from_slice::<Value>(line) {
             Ok(mut value) => {
