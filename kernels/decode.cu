@@ -376,7 +376,8 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
 // Shared memory of all: the warps' rings (common/stream.cuh), which then serve to add up.
 
 // Blocks per multiprocessor that the registers must allow: as many as they do without spills.
-constexpr int kBlocksOne = moe::S::kZero ? 2 : 4, kBlocksMany = moe::S::kZero ? 2 : 3;
+constexpr bool kManyRegisters = moe::S::kZero || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1);
+constexpr int kBlocksOne = kManyRegisters ? 2 : 4, kBlocksMany = kManyRegisters ? 2 : 3;
 
 // grid (first.slabs, topk)
 extern "C" __global__ void __launch_bounds__(256, kBlocksOne) moe_decode_first_one(const __grid_constant__ moe::DecodeParams p) {
