@@ -46,6 +46,8 @@ fn usage_errors_exit_with_2() {
         &["bench", "--preset", "nonsense"],
         &["bench", "--preset", "tiny", "--tokens", "0"],
         &["bench", "--threads", "0"],
+        &["bench", "--device", "gpu"],
+        &["bench", "--preset", "tiny,nonsense"],
         &["doctor", "--nonsense"],
         &["nonsense"],
     ] {
@@ -62,7 +64,9 @@ fn failures_exit_with_1_and_one_sentence() {
         (&["select", "--scheme", "fp8", "--backend", "aiter"], "aiter"),
         (&["select", "--scheme", "int8", "--weight-key", "MXFP4_STATIC"], "no kernel for this pair"),
         (&["select", "--jsonl", "no/such/file"], "no/such/file"),
-        (&["bench", "--device", "cuda"], "cuda kernels are not in this build"),
+        // No machine has that many, so that the sentence comes with and without a GPU.
+        (&["bench", "--device", "cuda:9999"], if cfg!(feature = "cuda") { "driver" } else { "`--features cuda`" }),
+        (&["bench", "--preset", "tiny", "--anchors", "peers.json"], "--device cuda"),
         (&["bench", "--preset", "tiny", "--backend", "aiter"], "aiter"),
     ] {
         let said = sentence(&run(args));

@@ -11,6 +11,15 @@ pub enum Failure {
     PipeClosed,
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Said(sentence) => f.write_str(sentence),
+            Failure::PipeClosed => f.write_str("the reader of the output went away"),
+        }
+    }
+}
+
 /// What every command returns.
 pub type Outcome<T = ()> = Result<T, Failure>;
 

@@ -1,6 +1,7 @@
-//! Timing of forward calls, every call with routing of its own.
+//! Timing of forward calls on the CPU, every call with routing of its own.
 
 use super::rng::Rng;
+use super::routing::Routing;
 use crate::failure::{Failure, Outcome};
 use half::bf16;
 use moe_oracle::config::MoeConfig;
@@ -81,37 +82,5 @@ impl Layer {
         let us = times[times.len() / 2].as_secs_f64() * 1e6;
         let distinct_experts = distinct as f64 / times.len() as f64;
         Ok(Timed { tokens, threads: moe_oracle::cpu::Executor::threads(pool), us, distinct_experts })
-    }
-}
-
-/// Uniformly random experts, `topk` different ones per token.
-struct Routing {
-    /// `[tokens, topk]`
-    ids: Vec<i32>,
-    topk: usize,
-    /// All experts, in the order that the shuffles so far have left.
-    order: Vec<i32>,
-    used: Vec<bool>,
-}
-
-impl Routing {
-    fn new(experts: usize, topk: usize, tokens: usize) -> Self {
-        let order = (0..experts as i32).collect();
-        Self { ids: vec![0; tokens * topk], topk, order, used: vec![false; experts] }
-    }
-
-    /// Fresh experts for every token; returns how many different ones there are.
-    fn draw(&mut self, rng: &mut Rng) -> usize {
-        self.used.fill(false);
-        for token in self.ids.chunks_exact_mut(self.topk) {
-            // The first steps of a Fisher-Yates shuffle; any order is as good a start as another.
-            for (i, id) in token.iter_mut().enumerate() {
-                let other = i + rng.below(self.order.len() - i);
-                self.order.swap(i, other);
-                *id = self.order[i];
-                self.used[*id as usize] = true;
-            }
-        }
-        self.used.iter().filter(|u| **u).count()
     }
 }

@@ -1,4 +1,4 @@
-//! The plot: ratio to the floor over tokens, a line per weight format.
+//! The plot: ratio to the floor over tokens, a line per layer and weight format.
 
 use super::report::{Report, Row};
 use crate::failure::{Failure, Outcome};
@@ -37,7 +37,12 @@ fn draw(svg: &mut String, report: &Report) -> Result<(), Box<dyn std::error::Err
 
     let root = SVGBackend::with_string(svg, (860, 520)).into_drawing_area();
     root.fill(&WHITE)?;
-    let title = format!("{} on {} ({} threads)", first.preset, report.machine.cpu, first.threads);
+    let one = rows.iter().all(|r| r.preset == first.preset);
+    let (what, m) = (if one { first.preset } else { "Layers" }, &report.machine);
+    let title = match &m.gpu {
+        Some(g) => format!("{what} on {}", g.gpu),
+        None => format!("{what} on {} ({} threads)", m.cpu, first.threads),
+    };
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 18))
         .margin(12)
@@ -53,14 +58,14 @@ fn draw(svg: &mut String, report: &Report) -> Result<(), Box<dyn std::error::Err
         .light_line_style(WHITE)
         .draw()?;
     chart.draw_series(LineSeries::new([(low * 0.9, 1.0), (high * 1.1, 1.0)], BLACK.mix(0.5)))?;
-    let mut schemes: Vec<_> = rows.iter().map(|r| r.scheme).collect();
-    schemes.dedup();
-    for (scheme, colour) in schemes.into_iter().zip(COLOURS.into_iter().cycle()) {
-        let mut points: Vec<_> = rows.iter().filter(|r| r.scheme == scheme).map(point).collect();
+    let mut lines: Vec<_> = rows.iter().map(|r| (r.preset, r.scheme)).collect();
+    lines.dedup();
+    for ((preset, scheme), colour) in lines.into_iter().zip(COLOURS.into_iter().cycle()) {
+        let mut points: Vec<_> = rows.iter().filter(|r| (r.preset, r.scheme) == (preset, scheme)).map(point).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         chart
             .draw_series(LineSeries::new(points, colour.stroke_width(2)).point_size(3))?
-            .label(scheme)
+            .label(if one { scheme.to_owned() } else { format!("{preset} {scheme}") })
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
     }
     chart

@@ -14,8 +14,8 @@ use serde::Serialize;
 pub struct Report {
     /// Where it ran.
     pub machine: Machine,
-    /// What that machine can do at best, measured in the same run.
-    pub limits: Limits,
+    /// What that machine can do at best.
+    pub limits: Bounds,
     /// One per format and number of tokens.
     pub rows: Vec<Row>,
 }
@@ -27,8 +27,83 @@ pub struct Machine {
     pub cpu: String,
     /// Cores that the process may use.
     pub cores: usize,
-    /// The instruction set that kernels use.
-    pub isa: &'static str,
+    /// The instruction set that kernels use; `sm_90` for a GPU's.
+    pub isa: String,
+    /// The GPU, where the layers ran on one.
+    #[serde(flatten)]
+    pub gpu: Option<GpuMachine>,
+}
+
+/// The GPU of a run.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "a build without GPUs makes none"))]
+#[derive(Serialize)]
+pub struct GpuMachine {
+    /// Its name.
+    pub gpu: String,
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Its memory.
+    pub memory_bytes: usize,
+    /// Its L2 cache.
+    pub l2_bytes: usize,
+    /// CUDA version of the driver.
+    pub driver: String,
+}
+
+/// What the machine can do at best.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "a build without GPUs makes none"))]
+#[derive(Serialize)]
+#[serde(untagged)]
+pub enum Bounds {
+    /// Measured in the same run.
+    Cpu(Limits),
+    /// Measured in the same run, or the anchors'.
+    Gpu(GpuLimits),
+}
+
+/// A GPU's limits.
+#[derive(Serialize)]
+pub struct GpuLimits {
+    /// Bytes per nanosecond read from memory: what floors are computed with.
+    pub read_gbps: f64,
+    /// Where that is from: `anchors` or `measured`.
+    pub read_from: &'static str,
+    /// What this run measured.
+    pub measured_read_gbps: f64,
+    /// 10^12 operations per second in bf16; without it, floors are memory's alone.
+    pub bf16_tflops: Option<f64>,
+}
+
+impl Bounds {
+    /// The least microseconds that reading `bytes` and computing `flops` can take when they overlap fully.
+    pub fn floor_us(&self, bytes: f64, flops: f64) -> f64 {
+        match self {
+            Bounds::Cpu(limits) => limits.floor_us(bytes, flops),
+            Bounds::Gpu(limits) => {
+                let compute = limits.bf16_tflops.map_or(0.0, |peak| flops / peak / 1e6);
+                (bytes / limits.read_gbps / 1e3).max(compute)
+            }
+        }
+    }
+
+    fn line(&self) -> String {
+        match self {
+            Bounds::Cpu(l) => format!(
+                "limits with {} threads: {:.1} GB/s read, {:.0} GFLOP/s float32",
+                l.threads, l.read_gbps, l.f32_gflops
+            ),
+            Bounds::Gpu(l) => {
+                let read = match l.read_from {
+                    "measured" => format!("{:.0} GB/s read (measured)", l.read_gbps),
+                    from => format!("{:.0} GB/s read ({from}; {:.0} measured now)", l.read_gbps, l.measured_read_gbps),
+                };
+                match l.bf16_tflops {
+                    Some(peak) => format!("limits: {read}, {peak:.0} TFLOP/s bf16 (anchors)"),
+                    None => format!("limits: {read}; no compute floor, for that peak comes from --anchors"),
+                }
+            }
+        }
+    }
 }
 
 /// One measurement.
@@ -45,8 +120,8 @@ pub struct Row {
     /// What served it.
     pub backend: &'static str,
     /// Where.
-    pub device: &'static str,
-    /// Threads.
+    pub device: String,
+    /// Threads; for a GPU, those that launch.
     pub threads: usize,
     /// Tokens per call.
     pub tokens: usize,
@@ -62,28 +137,62 @@ pub struct Row {
     pub gbps: f64,
     /// Operations over the time.
     pub gflops: f64,
+    /// What only a GPU's row has.
+    #[serde(flatten)]
+    pub gpu: Option<GpuRow>,
+}
+
+/// The fields of a GPU's row beside the common ones.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "a build without GPUs makes none"))]
+#[derive(Serialize)]
+pub struct GpuRow {
+    /// Median time that the host takes to launch a call without a graph.
+    pub host_us: f64,
+    /// Calls in the graph.
+    pub calls: usize,
+    /// Copies of the layer that took turns.
+    pub copies: usize,
+    /// Share of the experts' reads that the L2 cache may have answered.
+    pub warm_share: f64,
+    /// Workspace of a call.
+    pub workspace_bytes: usize,
+    /// The fastest peer in the anchors.
+    pub peer: Option<String>,
+    /// Its time.
+    pub peer_us: Option<f64>,
+    /// `us / peer_us`
+    pub vs_peer: Option<f64>,
+}
+
+/// What was measured, beside the number of tokens.
+pub struct Served {
+    /// The layer.
+    pub preset: &'static Preset,
+    /// The weight format.
+    pub format: &'static Format,
+    /// The oracle of its keys.
+    pub oracle: &'static DynOracle,
+    /// The backend's name.
+    pub backend: &'static str,
+    /// `cpu`, `cuda:0`
+    pub device: String,
+    /// What the use of one expert must read.
+    pub expert_bytes: usize,
 }
 
 /// Keeps three decimals: nothing beyond them is real.
-fn rounded(x: f64) -> f64 {
+pub fn rounded(x: f64) -> f64 {
     (x * 1e3).round() / 1e3
 }
 
 impl Row {
-    /// Sets a time against the limits. `expert_bytes` is what the use of one expert must read.
-    pub fn new(
-        preset: &'static Preset,
-        format: &Format,
-        oracle: &DynOracle,
-        backend: &'static str,
-        limits: &Limits,
-        expert_bytes: usize,
-        timed: Timed,
-    ) -> Self {
+    /// Sets a time against the limits.
+    pub fn new(served: &Served, bounds: &Bounds, timed: Timed, gpu: Option<GpuRow>) -> Self {
+        let Served { preset, format, oracle, backend, device, expert_bytes } = served;
         let matrices = if preset.activation.gated() { 3 } else { 2 };
-        let bytes = timed.distinct_experts * expert_bytes as f64;
+        let bytes = timed.distinct_experts * *expert_bytes as f64;
         let flops = (2 * timed.tokens * preset.topk * matrices * preset.hidden * preset.intermediate) as f64;
-        let floor_us = limits.floor_us(bytes, flops);
+        let floor_us = bounds.floor_us(bytes, flops);
         let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
         Self {
             preset: preset.name,
@@ -91,7 +200,7 @@ impl Row {
             weight_key: key(oracle.weight),
             activation_key: key(oracle.activation),
             backend,
-            device: "cpu",
+            device: device.clone(),
             threads: timed.threads,
             tokens: timed.tokens,
             distinct_experts: rounded(timed.distinct_experts),
@@ -100,40 +209,138 @@ impl Row {
             ratio: rounded(timed.us / floor_us),
             gbps: rounded(bytes / timed.us / 1e3),
             gflops: rounded(flops / timed.us / 1e3),
+            gpu,
         }
     }
 }
 
-/// The table for people.
-pub fn print(out: &mut Out, preset: &Preset, report: &Report, notes: &[String]) -> Outcome {
-    let (m, l, p) = (&report.machine, &report.limits, preset);
-    out.line(format_args!("{}, {} cores, {}", m.cpu, m.cores, m.isa))?;
-    out.line(format_args!(
-        "limits with {} threads: {:.1} GB/s read, {:.0} GFLOP/s float32",
-        l.threads, l.read_gbps, l.f32_gflops
-    ))?;
-    out.line(format_args!(
-        "{} ({}): hidden {}, intermediate {}, {} of {} experts, {}{}",
-        p.name,
-        p.source,
-        p.hidden,
-        p.intermediate,
-        p.topk,
-        p.experts,
-        p.activation.name(),
-        if p.bias { ", biases" } else { "" }
-    ))?;
+/// The tables for people, one per preset.
+pub fn print(out: &mut Out, presets: &[&Preset], report: &Report, notes: &[String]) -> Outcome {
+    out.line(report.machine.title())?;
+    out.line(report.limits.line())?;
     notes.iter().try_for_each(|n| out.line(format_args!("note: {n}")))?;
-    out.line("")?;
-    out.line(format_args!(
-        "{:<12} {:<14} {:>6} {:>8} {:>12} {:>12} {:>7} {:>8} {:>9}",
-        "scheme", "backend", "tokens", "experts", "us", "floor us", "ratio", "GB/s", "GFLOP/s"
-    ))?;
-    for r in &report.rows {
+    for p in presets {
+        out.line("")?;
         out.line(format_args!(
-            "{:<12} {:<14} {:>6} {:>8.1} {:>12.1} {:>12.1} {:>7.2} {:>8.1} {:>9.1}",
-            r.scheme, r.backend, r.tokens, r.distinct_experts, r.us, r.floor_us, r.ratio, r.gbps, r.gflops
+            "{} ({}): hidden {}, intermediate {}, {} of {} experts, {}{}",
+            p.name,
+            p.source,
+            p.hidden,
+            p.intermediate,
+            p.topk,
+            p.experts,
+            p.activation.name(),
+            if p.bias { ", biases" } else { "" }
         ))?;
+        let rows = || report.rows.iter().filter(|r| r.preset == p.name);
+        out.line(match report.limits {
+            Bounds::Cpu(_) => format!("{COMMON_TITLE} {:>9}", "GFLOP/s"),
+            Bounds::Gpu(_) => format!(
+                "{COMMON_TITLE} {:>8} {:>8} {:>6} {:>6} {:>6} {:>10} {:>9} {:>5}  peer",
+                "TFLOP/s", "host us", "calls", "copies", "warm", "workspace", "peer us", "ours/"
+            ),
+        })?;
+        rows().try_for_each(|r| out.line(r.line()))?;
+    }
+    if matches!(report.limits, Bounds::Gpu(_)) {
+        out.line("")?;
+        out.line("us: a call in a graph of `calls` calls, each with its own inputs and routing; host us: to launch one eagerly;")?;
+        out.line(
+            "warm: share of the weights that L2 may have held; experts, bytes and floor are of the experts really hit",
+        )?;
     }
     Ok(())
+}
+
+impl Machine {
+    /// What the numbers are of.
+    pub fn title(&self) -> String {
+        match &self.gpu {
+            None => format!("{}, {} cores, {}", self.cpu, self.cores, self.isa),
+            Some(g) => {
+                let (l2, GpuMachine { gpu, multiprocessors, driver, .. }) = (g.l2_bytes >> 20, g);
+                let gpu = format!("{gpu}, {}, {multiprocessors} multiprocessors, L2 {l2} MiB, CUDA {driver}", self.isa);
+                format!("{gpu}; host {}, {} cores", self.cpu, self.cores)
+            }
+        }
+    }
+}
+
+const COMMON_TITLE: &str = "scheme       backend        tokens  experts           us     floor us   ratio     GB/s";
+
+impl Row {
+    fn line(&self) -> String {
+        let r = self;
+        let common = format!(
+            "{:<12} {:<14} {:>6} {:>8.1} {:>12.1} {:>12.1} {:>7.2} {:>8.1}",
+            r.scheme, r.backend, r.tokens, r.distinct_experts, r.us, r.floor_us, r.ratio, r.gbps
+        );
+        let Some(g) = &r.gpu else { return format!("{common} {:>9.1}", r.gflops) };
+        let ours = format!(
+            "{common} {:>8.1} {:>8.1} {:>6} {:>6} {:>5.0}% {:>10}",
+            r.gflops / 1e3,
+            g.host_us,
+            g.calls,
+            g.copies,
+            100.0 * g.warm_share,
+            g.workspace_bytes
+        );
+        match (&g.peer, g.peer_us, g.vs_peer) {
+            (Some(peer), Some(us), Some(vs)) => format!("{ours} {us:>9.1} {vs:>5.2}  {peer}"),
+            _ => ours,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(bf16_tflops: Option<f64>) -> Bounds {
+        Bounds::Gpu(GpuLimits { read_gbps: 4000.0, read_from: "anchors", measured_read_gbps: 3900.0, bf16_tflops })
+    }
+
+    #[test]
+    fn the_floor_is_the_larger_of_memory_and_compute() {
+        // 4 TB/s is 4 MB in a microsecond, 800 TFLOP/s 800 million operations.
+        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 4e9), 10.0);
+        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 16e9), 20.0);
+        assert_eq!(gpu(None).floor_us(40e6, 16e9), 10.0);
+        assert!(gpu(None).line().contains("no compute floor") && gpu(Some(1.0)).line().contains("3900 measured now"));
+    }
+
+    #[test]
+    fn the_title_stands_over_its_columns() {
+        let title = format!(
+            "{:<12} {:<14} {:>6} {:>8} {:>12} {:>12} {:>7} {:>8}",
+            "scheme", "backend", "tokens", "experts", "us", "floor us", "ratio", "GB/s"
+        );
+        assert_eq!(title, COMMON_TITLE);
+    }
+
+    #[test]
+    fn a_gpus_row_has_its_fields_beside_the_common_ones() {
+        let preset = Preset::by_name("tiny").unwrap();
+        let format = &super::super::weights::FORMATS[0];
+        let oracle = format.oracle().unwrap();
+        let served = Served { preset, format, oracle, backend: "b", device: "cuda:0".into(), expert_bytes: 1_000_000 };
+        let timed = || Timed { tokens: 4, threads: 1, us: 5.0, distinct_experts: 8.0 };
+        let extra = GpuRow {
+            host_us: 7.0,
+            calls: 6,
+            copies: 1,
+            warm_share: 0.25,
+            workspace_bytes: 64,
+            peer: Some("p".into()),
+            peer_us: Some(10.0),
+            vs_peer: Some(0.5),
+        };
+        let row = Row::new(&served, &gpu(Some(800.0)), timed(), Some(extra));
+        assert_eq!((row.floor_us, row.ratio, row.gbps), (2.0, 2.5, 1600.0));
+        assert!(row.line().ends_with(" 0.50  p") && row.line().contains(" 25% "), "{}", row.line());
+        let json = serde_json::to_value(&row).unwrap();
+        assert_eq!((&json["device"], &json["host_us"], &json["peer"]), (&"cuda:0".into(), &7.0.into(), &"p".into()));
+        let plain = serde_json::to_value(Row::new(&served, &gpu(None), timed(), None)).unwrap();
+        assert!(plain.get("host_us").is_none() && plain.get("gpu").is_none());
+    }
 }

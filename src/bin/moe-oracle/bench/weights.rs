@@ -59,6 +59,15 @@ impl Format {
         found.ok_or_else(|| Failure::said(format_args!("the oracle {} is not in this build", self.alias)))
     }
 
+    /// Why the preset has no weights in this format, if so.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        allow(dead_code, reason = "`make` says the same where the first refusal ends all")
+    )]
+    pub fn problem(&self, preset: &Preset) -> Option<String> {
+        self.fitting(preset, &mut Vec::new()).err().map(|e| e.to_string())
+    }
+
     /// This format with groups that divide the preset's rows, and a word about it where they are not the usual ones.
     fn fitting(&self, preset: &Preset, notes: &mut Vec<String>) -> Outcome<Layout> {
         let (h, i) = (preset.hidden, preset.intermediate);
@@ -234,6 +243,23 @@ mod tests {
             let size = (0..256).map(|c| weights.experts[0].up.value(7, c).powi(2)).sum::<f32>().sqrt() / 16.0;
             assert!((0.002..0.1).contains(&size), "{}: weights of size {size}", format.name);
         }
+    }
+
+    #[test]
+    fn a_format_that_does_not_divide_the_rows_is_a_problem() {
+        let preset = Preset { hidden: 2848, ..*Preset::by_name("tiny").unwrap() };
+        let problem = |name| FORMATS.iter().find(|f| f.name == name).unwrap().problem(&preset);
+        assert_eq!(problem("mxfp4"), None);
+        let preset_of_24 = Preset { hidden: 24, ..preset };
+        assert!(
+            FORMATS
+                .iter()
+                .find(|f| f.name == "nvfp4")
+                .unwrap()
+                .problem(&preset_of_24)
+                .unwrap()
+                .contains("groups of 16")
+        );
     }
 
     #[test]
