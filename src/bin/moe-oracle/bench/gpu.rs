@@ -61,6 +61,8 @@ struct Bench<'a> {
     args: &'a Args,
     stream: &'a Stream,
     anchors: Option<Anchors>,
+    /// What could not be measured, and why.
+    refusals: Vec<String>,
 }
 
 /// Measures every preset in every format with every number of tokens.
@@ -83,22 +85,21 @@ pub fn run(args: &Args, session: &mut Session, stream: &Stream) -> Outcome<Repor
     session.say("limits of the GPU");
     let limits = limits(bandwidth::read_gbps(stream)?, anchors.as_ref());
     session.step(1);
-    let bench = Bench { args, stream, anchors };
+    let mut bench = Bench { args, stream, anchors, refusals: Vec::new() };
     let mut report = Report { machine: machine(info), limits: Bounds::Gpu(limits), rows: Vec::new() };
-    let mut refusals = Vec::new();
     for preset in session.presets.clone() {
         for format in session.formats.clone() {
             match bench.format_rows(session, preset, format, &mut report) {
                 Ok(()) => {}
-                Err(Stop::Cell(why)) => refusals.push(format!("{} on {}: {why}", format.name, preset.name)),
+                Err(Stop::Cell(why)) => bench.refusals.push(format!("{} on {}: {why}", format.name, preset.name)),
                 Err(Stop::Run(failure)) => return Err(failure),
             }
         }
     }
-    if let (true, Some(first)) = (report.rows.is_empty(), refusals.first()) {
+    if let (true, Some(first)) = (report.rows.is_empty(), bench.refusals.first()) {
         return Err(Failure::said(format_args!("nothing could be measured: {first}")));
     }
-    session.notes.extend(refusals.into_iter().map(|r| format!("not measured: {r}")));
+    session.notes.extend(bench.refusals.into_iter().map(|r| format!("not measured: {r}")));
     Ok(report)
 }
 
@@ -131,7 +132,7 @@ fn limits(measured: f64, anchors: Option<&Anchors>) -> GpuLimits {
 impl Bench<'_> {
     /// Measures one weight format with every number of tokens.
     fn format_rows(
-        &self,
+        &mut self,
         session: &mut Session,
         preset: &'static Preset,
         format: &'static Format,
@@ -169,9 +170,9 @@ impl Bench<'_> {
             session.say(format!("{}: {} with {tokens} tokens", preset.name, format.name));
             match layer.time(self.stream, tokens, usize::from(self.args.calls)) {
                 Ok(timed) => report.rows.push(self.row(&served, &report.limits, timed, layer.copies())),
-                Err(Stop::Cell(why)) => session
-                    .notes
-                    .push(format!("not measured: {} on {} with {tokens} tokens: {why}", format.name, preset.name)),
+                Err(Stop::Cell(why)) => {
+                    self.refusals.push(format!("{} on {} with {tokens} tokens: {why}", format.name, preset.name));
+                }
                 Err(stop) => return Err(stop),
             }
             session.step(1);
