@@ -92,7 +92,7 @@ impl Layer {
     pub fn new(stream: &Stream, weights: &GpuWeights, config: &MoeConfig, expert_bytes: usize) -> Result<Self, Stop> {
         let cache = stream.gpu().info().l2;
         let first = CudaKernel::new(stream, weights, config, None)?;
-        let more = 1..cold::copies(first.bytes(), cache);
+        let more = 1..cold::copies(expert_bytes * config.local_experts, cache);
         let mut copies = vec![first];
         for _ in more {
             copies.push(CudaKernel::new(stream, weights, config, None)?);
