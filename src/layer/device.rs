@@ -2,7 +2,7 @@
 
 use crate::config::MoeConfig;
 use crate::cpu::{Executor, Experts};
-use crate::kernel::{ForwardError, MoeKernel, Rows, RowsMut, Standard};
+use crate::kernel::{MoeKernel, Rows, RowsMut, Standard};
 use crate::layer::{LayerError, RunError};
 use crate::oracle::{KernelWeights, QuantConfig};
 
@@ -83,6 +83,7 @@ fn gpu(
 ) -> Result<Vec<f32>, RunError> {
     use crate::config::InputType;
     use crate::cuda::{DeviceBuffer, Tensors};
+    use crate::kernel::ForwardError;
     let c = kernel.config();
     let tokens = hidden.len() / c.hidden;
     for (what, have, each) in [
