@@ -1,4 +1,5 @@
-//! `select --jsonl` over the decisions of another engine's selection code: what that engine serves on a CPU, we serve.
+//! `select --jsonl` over the decisions of another engine's selection code: what that engine serves on a CPU or an NVIDIA
+//! GPU that we have kernels for, we serve.
 #![cfg(feature = "cli")]
 
 use serde_json::Value;
@@ -19,7 +20,7 @@ fn lines(bytes: &[u8]) -> Vec<Value> {
 }
 
 #[test]
-fn every_cpu_decision_is_covered_and_every_refusal_has_a_reason() {
+fn every_decision_is_covered_and_every_refusal_has_a_reason() {
     let Some(file) = golden() else {
         println!("skipped: no recorded decisions (set MOE_ORACLE_GOLDEN to their folder)");
         return;
@@ -35,15 +36,19 @@ fn every_cpu_decision_is_covered_and_every_refusal_has_a_reason() {
 
     let answers = lines(&output.stdout);
     assert_eq!(answers.len(), questions.len());
-    let (mut served, mut wanted) = (0, 0);
+    let (mut served, mut wanted, mut missing) = (0, 0, 0);
     for (q, a) in questions.iter().zip(&answers) {
         let id = &q["id"];
         assert_eq!(&a["id"], id);
         let backend = a["backend"].as_str();
         served += usize::from(backend.is_some());
         let theirs = q["result"].as_str().filter(|r| *r != "NONE");
-        let on_cpu = q["platform"].as_str().is_some_and(|p| p.starts_with("cpu_"));
-        if on_cpu && theirs.is_some() && q["lora"] != Value::Bool(true) {
+        let on_gpu = q["platform"].as_str().is_some_and(|p| p.starts_with("sm_"));
+        let here = on_gpu || q["platform"].as_str().is_some_and(|p| p.starts_with("cpu_"));
+        // What is still missing there: float32 hidden states.
+        if on_gpu && q["in_dtype"] == "float32" {
+            missing += usize::from(theirs.is_some() && backend.is_none());
+        } else if here && theirs.is_some() && q["lora"] != Value::Bool(true) {
             wanted += 1;
             assert!(backend.is_some(), "{id}: they have {theirs:?}, we say {}", a["error"]);
         }
@@ -61,4 +66,5 @@ fn every_cpu_decision_is_covered_and_every_refusal_has_a_reason() {
         }
     }
     println!("{served} of {} lines have a backend; all {wanted} that must; {took:?}", answers.len());
+    println!("not served on GPUs, though it should be: {missing} lines with float32 hidden states");
 }

@@ -31,10 +31,6 @@ fn refusal(config: &MoeConfig, platform: Platform) -> SelectError {
     Fp8Block::select_backend(config, &platform, &SelectInputs::AUTO).unwrap_err()
 }
 
-fn reasons(error: SelectError) -> Vec<Unsupported> {
-    error.rejections().map(|r| r.why).collect()
-}
-
 #[test]
 fn selection_in_const_context_is_selection_at_run_time() {
     let now = Fp8Block::select_backend(&LAYER, &CPU, &SelectInputs::AUTO).unwrap();
@@ -73,6 +69,9 @@ fn a_name_gets_its_backend_or_nothing() {
         let error = Fp8Block::select_backend(&LAYER, &Platform::Rocm, &SelectInputs::named(name)).unwrap_err();
         assert_eq!(error.rejections().map(|r| r.backend).collect::<Vec<_>>(), [backend.name()]);
     }
+    let emulation = SelectInputs::named(MoeBackend::by_name("emulation").unwrap());
+    let on_gpu = Fp8Block::select_backend(&LAYER, &Platform::Cuda(90), &emulation).unwrap();
+    assert_eq!(on_gpu.backend, Fp8Backend::CudaEmulation, "the same part on the other device");
     assert_eq!(Bf16::map_backend(MoeBackend::by_name("marlin").unwrap()), Ok(None), "a name that means auto here");
     assert_eq!(Fp8Block::map_backend(MoeBackend::Auto), Ok(None));
     assert_eq!(MoeBackend::by_name("fast"), None);
@@ -89,19 +88,30 @@ fn names_that_mean_nothing_here_say_why() {
     assert!(error.contains("`aiter` stands for another vendor's hardware"), "{error}");
     let rdna = MoeBackend::by_name("rdna3").unwrap();
     let error = message(Fp8Block::map_backend(rdna).unwrap_err());
-    assert!(error.contains("`rdna3` is no backend of this scheme") && error.contains("auto, cpu_simd"), "{error}");
+    assert!(error.contains("`rdna3` is no backend of this scheme") && error.contains("cpu_simd"), "{error}");
     let error = message(Int4::map_backend(rdna).unwrap_err());
     assert!(error.contains("`rdna3` stands for another vendor's hardware"), "{error}");
 }
 
 #[test]
 fn every_reason_to_refuse() {
-    let all = |config: MoeConfig, platform: Platform, want: Unsupported| {
-        let reasons = reasons(refusal(&config, platform));
-        assert!(!reasons.is_empty() && reasons.iter().all(|r| *r == want), "{want}: {reasons:?}");
+    // The verdicts on the rows of one device; the others say that they are not for this platform.
+    let on = |device: &str, config: MoeConfig, platform: Platform, want: Unsupported| {
+        let error = refusal(&config, platform);
+        let mine: Vec<_> = error.rejections().filter(|r| r.backend.starts_with(device)).map(|r| r.why).collect();
+        assert!(!mine.is_empty() && mine.iter().all(|r| *r == want), "{want}: {mine:?}");
     };
-    all(LAYER, Platform::Rocm, Unsupported::Device { needs: "the CPU", platform: Platform::Rocm });
-    all(LAYER, Platform::Xpu, Unsupported::Device { needs: "the CPU", platform: Platform::Xpu });
+    for platform in [Platform::Rocm, Platform::Xpu] {
+        on("cpu_", LAYER, platform, Unsupported::Device { needs: "the CPU", platform });
+        on("cuda_", LAYER, platform, Unsupported::Device { needs: "NVIDIA GPUs", platform });
+    }
+    let sm_90 = Platform::Cuda(90);
+    on("cuda_", MoeConfig { input: InputType::F32, ..LAYER }, sm_90, Unsupported::Input);
+    let odd = MoeConfig { hidden: 100, ..LAYER };
+    on("cuda_", odd, sm_90, Unsupported::Shape("it needs a hidden size that is a multiple of 8"));
+    let old = Platform::Cuda(75);
+    on("cuda_", LAYER, old, Unsupported::Capability { min: 80, platform: old });
+    let all = |config: MoeConfig, platform: Platform, want: Unsupported| on("cpu_", config, platform, want);
     all(MoeConfig { lora: true, ..LAYER }, CPU, Unsupported::Lora);
     let mori = Parallel { all2all: All2All::Mori, ..Parallel::SINGLE };
     all(MoeConfig { parallel: mori, ..LAYER }, CPU, Unsupported::Transport);
@@ -168,6 +178,20 @@ fn where_there_is_no_gpu_row_the_cpu_rows_say_so() {
             assert!(text.contains("cpu_simd: it runs on the CPU, not on"), "{text}");
         }
     }
+}
+
+#[test]
+fn a_build_without_kernels_refuses_them_where_asked_to() {
+    let sm_90 = Platform::Cuda(90);
+    let table = Fp8Block::select_backend(&LAYER, &sm_90, &SelectInputs::AUTO).unwrap();
+    assert_eq!(table.kernel.built(), NO_CUDA.is_none());
+    let built = Fp8Block::select_backend(&LAYER, &sm_90, &SelectInputs::AUTO.built_only());
+    match NO_CUDA {
+        None => assert_eq!(built.unwrap().backend, table.backend),
+        Some(why) => assert!(built.unwrap_err().to_string().contains(why)),
+    }
+    let cpu = Fp8Block::select_backend(&LAYER, &CPU, &SelectInputs::AUTO.built_only()).unwrap();
+    assert!(cpu.kernel.built());
 }
 
 #[test]

@@ -71,6 +71,10 @@ fn scheme(s: &Scheme) -> TokenStream {
         let (name, target) = (format_ident!("{}", camel(name)), format_ident!("{}", camel(target)));
         quote!(MoeBackend::#name => Ok(Some(#backend::#target)))
     });
+    let on_cuda = s.names.on_cuda.iter().map(|(name, target)| {
+        let (name, target) = (format_ident!("{}", camel(name)), format_ident!("{}", camel(target)));
+        quote!((MoeBackend::#name, Platform::Cuda(_)) => Ok(Some(#backend::#target)))
+    });
     let own = s.backend.iter().zip(&variants).map(|(b, v)| {
         let name = format_ident!("{}", camel(&b.name));
         quote!(MoeBackend::#name => Ok(Some(#backend::#v)))
@@ -140,6 +144,14 @@ fn scheme(s: &Scheme) -> TokenStream {
                 }
             }
 
+            /// What a name means on a platform: some name another backend on NVIDIA GPUs.
+            const fn map_on(name: MoeBackend, platform: &Platform) -> Result<Option<#backend>, Unsupported> {
+                match (name, *platform) {
+                    #(#on_cuda,)*
+                    _ => Self::map(name),
+                }
+            }
+
             /// The kernel behind a backend.
             pub const fn kernel(backend: #backend) -> &'static KernelInfo {
                 Self::legal();
@@ -149,7 +161,7 @@ fn scheme(s: &Scheme) -> TokenStream {
             /// `MoeKernelOracle::select_backend`, in const context.
             pub const fn select(config: &MoeConfig, platform: &Platform, inputs: &SelectInputs) -> Result<Selection<#backend>, SelectError> {
                 let order = Self::priority(platform);
-                let wanted = match Self::map(inputs.backend) {
+                let wanted = match Self::map_on(inputs.backend, platform) {
                     Ok(wanted) => wanted,
                     Err(why) => return Err(SelectError::of_name(Scheme::#oracle, why)),
                 };

@@ -251,7 +251,9 @@ impl Decode {
             // the rest is the caller's promise.
             unsafe { launch(stream, first, self.plan.first, grid, &params)? };
             // SAFETY: as above.
-            unsafe { launch(stream, second, self.plan.second, [self.second.matrix.slabs as u32, rows as u32, 1], &params)? };
+            unsafe {
+                launch(stream, second, self.plan.second, [self.second.matrix.slabs as u32, rows as u32, 1], &params)?
+            };
         }
         Ok(())
     }
@@ -284,7 +286,13 @@ impl Decode {
 /// # Safety
 ///
 /// As for [`Launch::run`], with `Params` as the kernel's only parameter.
-unsafe fn launch(stream: &Stream, kernel: &Kernel, shape: Shape, grid: [u32; 3], params: &Params) -> Result<(), CudaError> {
+unsafe fn launch(
+    stream: &Stream,
+    kernel: &Kernel,
+    shape: Shape,
+    grid: [u32; 3],
+    params: &Params,
+) -> Result<(), CudaError> {
     let launch = Launch { grid, ..Launch::new(1, 32 * shape.warps as u32) };
     // SAFETY: the caller's promise.
     unsafe { launch.shared(shape.shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }

@@ -86,9 +86,11 @@ fn gpu(
     use crate::kernel::ForwardError;
     let c = kernel.config();
     let tokens = hidden.len() / c.hidden;
-    for (what, have, each) in
-        [("hidden_states", hidden.len(), c.hidden), ("topk_ids", ids.len(), c.topk), ("topk_weights", weights.len(), c.topk)]
-    {
+    for (what, have, each) in [
+        ("hidden_states", hidden.len(), c.hidden),
+        ("topk_ids", ids.len(), c.topk),
+        ("topk_weights", weights.len(), c.topk),
+    ] {
         let want = tokens * each;
         if have != want {
             return Err(ForwardError::Length { what, have, want }.into());

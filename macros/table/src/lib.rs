@@ -70,6 +70,9 @@ pub struct Pair {
 pub struct Names {
     /// Name to backend.
     pub means: BTreeMap<String, String>,
+    /// Names of `means` that mean another backend on NVIDIA GPUs.
+    #[serde(default)]
+    pub on_cuda: BTreeMap<String, String>,
     /// Names of NVIDIA kernels that have no row.
     pub gpu_only: Vec<String>,
     /// Names of other vendors' kernels.
@@ -222,7 +225,14 @@ impl Scheme {
         let n = &self.names;
         let names = n.means.keys().chain(&n.gpu_only).chain(&n.other_hardware).chain(&n.as_auto);
         unique("name", names.map(String::as_str).chain(self.backend.iter().map(|b| b.name.as_str())))?;
-        if let Some(b) = n.means.values().find(|v| !self.backend.iter().any(|b| b.name == **v)) {
+        if let Some(name) = n.on_cuda.keys().find(|name| !n.means.contains_key(*name)) {
+            return Err(format!(
+                "`{name}` means something on NVIDIA GPUs and nothing elsewhere: it belongs to `means`"
+            ));
+        }
+        if let Some(b) =
+            n.means.values().chain(n.on_cuda.values()).find(|v| !self.backend.iter().any(|b| b.name == **v))
+        {
             return Err(format!("a name means `{b}`, which is no backend of the scheme"));
         }
         let aliases: Vec<&str> = self.pairs.iter().map(|p| p.alias.as_str()).collect();

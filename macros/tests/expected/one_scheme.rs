@@ -112,6 +112,15 @@ impl<const W: u64, const A: u64> Int8<W, A> {
             }
         }
     }
+    /// What a name means on a platform: some name another backend on NVIDIA GPUs.
+    const fn map_on(
+        name: MoeBackend,
+        platform: &Platform,
+    ) -> Result<Option<Int8Backend>, Unsupported> {
+        match (name, *platform) {
+            _ => Self::map(name),
+        }
+    }
     /// The kernel behind a backend.
     pub const fn kernel(backend: Int8Backend) -> &'static KernelInfo {
         Self::legal();
@@ -127,7 +136,7 @@ impl<const W: u64, const A: u64> Int8<W, A> {
         inputs: &SelectInputs,
     ) -> Result<Selection<Int8Backend>, SelectError> {
         let order = Self::priority(platform);
-        let wanted = match Self::map(inputs.backend) {
+        let wanted = match Self::map_on(inputs.backend, platform) {
             Ok(wanted) => wanted,
             Err(why) => return Err(SelectError::of_name(Scheme::Int8, why)),
         };

@@ -125,7 +125,12 @@ fn projection<'w>(
         codes::slab(format, &rows, blocks, out);
     });
     let each = |f: &dyn Fn(Source<'w>) -> f32| -> Vec<f32> {
-        weights.experts.iter().flat_map(|e| (0..rows).map(move |row| (e, row))).map(|(e, row)| f(source(e, row))).collect()
+        weights
+            .experts
+            .iter()
+            .flat_map(|e| (0..rows).map(move |row| (e, row)))
+            .map(|(e, row)| f(source(e, row)))
+            .collect()
     };
     let factors = each(&|s| s.map_or(0.0, |(m, _, row)| factor(m, row, format)));
     let bias = weights.experts.iter().any(|e| (0..rows).any(|r| source(e, r).is_some_and(|s| s.1.is_some())));

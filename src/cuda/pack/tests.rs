@@ -61,7 +61,11 @@ fn unpack(p: &PackedProjection, format: Format, slab: usize, row: usize, column:
         }
         Codes::E4m3 => {
             let v = word(at(step / 2, 8 * (step % 2) + 4 * (register / 2)));
-            let v = if register % 2 == 0 { v << 8 & 0x8000_8000 | v << 4 & 0x07f0_07f0 } else { v & 0x8000_8000 | v >> 4 & 0x07f0_07f0 };
+            let v = if register % 2 == 0 {
+                v << 8 & 0x8000_8000 | v << 4 & 0x07f0_07f0
+            } else {
+                v & 0x8000_8000 | v >> 4 & 0x07f0_07f0
+            };
             bf16(bits16(v)) * 2f64.powi(120)
         }
         Codes::Int8 => {
@@ -104,7 +108,13 @@ fn unpack(p: &PackedProjection, format: Format, slab: usize, row: usize, column:
 }
 
 /// Packs an expert of I = 24, H = 200 (or what the groups divide) and checks every value of both projections.
-fn check(elem: WeightElem, scales: impl Fn(usize, usize, u64) -> Scales, gated: bool, want: Codes, sizes: (usize, usize)) {
+fn check(
+    elem: WeightElem,
+    scales: impl Fn(usize, usize, u64) -> Scales,
+    gated: bool,
+    want: Codes,
+    sizes: (usize, usize),
+) {
     let (hidden, intermediate) = sizes;
     let m = |rows, cols, seed| matrix(elem, rows, cols, scales(rows, cols, seed), seed);
     let expert = ExpertWeights {
@@ -118,8 +128,7 @@ fn check(elem: WeightElem, scales: impl Fn(usize, usize, u64) -> Scales, gated: 
         down_input_scale: None,
     };
     let experts = vec![expert.clone(), expert];
-    let weights =
-        MoeWeights { scheme: crate::scheme::Scheme::Int8, weight_key: None, activation_key: None, experts };
+    let weights = MoeWeights { scheme: crate::scheme::Scheme::Int8, weight_key: None, activation_key: None, experts };
     let activation = if gated { Activation::SILU } else { Activation::Relu2NoMul };
     let config = MoeConfig { activation, input: InputType::Bf16, ..MoeConfig::new(2, 1, hidden, intermediate) };
     let packed = PackedExperts::new(&weights, &config).unwrap();
@@ -127,7 +136,11 @@ fn check(elem: WeightElem, scales: impl Fn(usize, usize, u64) -> Scales, gated: 
     let e = &weights.experts[1];
     let near = |have: f64, want: f32| {
         // 16-bit storage of what no other format holds rounds; everything else is exact up to float32 products.
-        let bound = if want.abs() < 1e-30 { 1e-30 } else { f64::from(want.abs()) * if packed.format.codes == Codes::Half { 4e-3 } else { 1e-6 } };
+        let bound = if want.abs() < 1e-30 {
+            1e-30
+        } else {
+            f64::from(want.abs()) * if packed.format.codes == Codes::Half { 4e-3 } else { 1e-6 }
+        };
         assert!((have - f64::from(want)).abs() <= bound, "{:?}: {have} for {want}", packed.format);
     };
     for row in 0..intermediate {
@@ -154,7 +167,8 @@ fn what_is_packed_is_what_the_kernels_read() {
     use HalfType::{Bf16, F16};
     let q = WeightElem::Quant;
     for gated in [true, false] {
-        let row = |rows: usize, _, seed| Scales::PerRow(bytes(seed, rows).iter().map(|b| f32::from(*b) / 50.0).collect());
+        let row =
+            |rows: usize, _, seed| Scales::PerRow(bytes(seed, rows).iter().map(|b| f32::from(*b) / 50.0).collect());
         check(WeightElem::Bf16, |_, _, _| Scales::None, gated, Codes::Half, (200, 24));
         check(q(Elem::E4m3), row, gated, Codes::E4m3, (200, 24));
         check(q(Elem::Int8), row, gated, Codes::Int8, (200, 24));
@@ -162,7 +176,10 @@ fn what_is_packed_is_what_the_kernels_read() {
         for block in [128, 64, 32] {
             let scales = |rows: usize, cols: usize, seed| Scales::Block {
                 block,
-                values: bytes(seed, rows.div_ceil(block) * cols.div_ceil(block)).iter().map(|b| f32::from(*b) / 9.0).collect(),
+                values: bytes(seed, rows.div_ceil(block) * cols.div_ceil(block))
+                    .iter()
+                    .map(|b| f32::from(*b) / 9.0)
+                    .collect(),
             };
             check(q(Elem::E4m3), scales, gated, Codes::E4m3, (296, 136));
         }
@@ -210,11 +227,8 @@ fn what_the_kernels_cannot_take_is_refused() {
         activation_key: None,
         experts: vec![expert(hidden)],
     };
-    let config = |input, hidden| MoeConfig {
-        activation: Activation::Relu2NoMul,
-        input,
-        ..MoeConfig::new(1, 1, hidden, 8)
-    };
+    let config =
+        |input, hidden| MoeConfig { activation: Activation::Relu2NoMul, input, ..MoeConfig::new(1, 1, hidden, 8) };
     let why = |input, hidden| PackedExperts::new(&weights(hidden), &config(input, hidden)).err().unwrap().to_string();
     assert!(why(InputType::F32, 16).contains("float32"));
     assert!(why(InputType::Bf16, 12).contains("multiple of 8"));
