@@ -16,6 +16,8 @@ const MAX_TOPK: usize = 32;
 /// Places of the warps' rings, as kernels/decode.cu has them.
 const FIRST_DEPTH: usize = 2;
 const SECOND_DEPTH: usize = 3;
+/// More than any of the kernels has of static shared memory.
+const STATIC_SHARED: usize = 11 << 10;
 
 /// As `Matrix` in kernels/common/stream.cuh.
 #[repr(C)]
@@ -59,54 +61,64 @@ struct Params {
 struct Shape {
     warps: usize,
     shared: usize,
+    /// With a lone token's rows, if they fit.
+    shared_lone: Option<usize>,
 }
 
-/// How a layer is launched; depends on nothing but the layer, so that neither do the results.
+/// How a layer is launched on a GPU; depends on no call, so that neither do the sums' orders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
     first: Shape,
     second: Shape,
 }
 
+/// What a plan depends on.
+#[derive(Clone, Copy)]
+struct Sizes {
+    format: Format,
+    topk: usize,
+    /// Bytes of a hidden state.
+    hidden: usize,
+    /// Bytes of an assignment's activations.
+    middle: usize,
+    first_blocks: usize,
+    second_blocks: usize,
+    second_slabs: usize,
+}
+
 impl Plan {
-    fn new(packed: &PackedExperts, config: &MoeConfig, multiprocessors: usize) -> Self {
-        let ring = |depth: usize| depth * (chunk_bytes(packed.format) + 16);
-        // The first kernel has blocks enough to fill the GPU whatever their size.
-        let first = warps(chunks(&packed.first, packed.format), 8);
-        // The second has one per slab of the output: where those are few, they are made larger.
-        let most = if packed.second.slabs <= multiprocessors { 16 } else { 8 };
-        let second = warps(config.topk * chunks(&packed.second, packed.format), most);
-        // Behind the rings, a lone token's rows and their barrier; the same memory later serves to add up.
-        let shape = |warps: usize, depth: usize, row: usize| Shape {
-            warps,
-            shared: (warps * ring(depth) + 16 + 2 * row).max(512 * warps),
+    /// `shared` bytes are what a block may have.
+    fn new(s: Sizes, multiprocessors: usize, shared: usize) -> Self {
+        let (per_chunk, chunk_bytes) = chunk(s.format);
+        let shape = |chunks: usize, most: usize, depth: usize, lone: usize| {
+            let ring = depth * (chunk_bytes + 16);
+            // A power of two from 4 on (128 threads add up), no more than there are chunks.
+            let mut warps = chunks.next_power_of_two().clamp(4, most);
+            while warps > 4 && warps * ring > shared {
+                warps /= 2;
+            }
+            // The rings serve to add up, too: 512 bytes a warp, which they always have.
+            let rings = warps * ring;
+            // Behind them, a lone token's rows and their barrier.
+            Shape { warps, shared: rings, shared_lone: Some(rings + 16 + lone).filter(|all| *all <= shared) }
         };
+        // The first kernel has blocks enough to fill the GPU whatever their size. The second has one per slab of the
+        // output: where those are few, they are made larger.
+        let most = if s.second_slabs <= multiprocessors { 16 } else { 8 };
         Plan {
-            first: shape(first, FIRST_DEPTH, config.hidden),
-            second: shape(second, SECOND_DEPTH, config.topk * packed.middle),
+            first: shape(s.first_blocks.div_ceil(per_chunk), 8, FIRST_DEPTH, s.hidden),
+            second: shape(s.topk * s.second_blocks.div_ceil(per_chunk), most, SECOND_DEPTH, s.topk * s.middle),
         }
     }
 }
 
-/// What a warp brings in at once.
-fn chunk_bytes(format: Format) -> usize {
-    chunk_stages(format) * (2 * format.codes.words() * 512 + 32 * format.scales.registers())
-}
-
-fn chunk_stages(format: Format) -> usize {
-    match format.codes {
+/// Blocks and bytes of what a warp brings in at once.
+fn chunk(format: Format) -> (usize, usize) {
+    let stages = match format.codes {
         Codes::E2m1 | Codes::U4 => 2,
         Codes::Half | Codes::E4m3 | Codes::Int8 => 1,
-    }
-}
-
-fn chunks(p: &PackedProjection, format: Format) -> usize {
-    p.blocks.div_ceil(2 * chunk_stages(format))
-}
-
-/// A power of two between 4 (128 threads add up) and `most`, no more than there are chunks.
-fn warps(chunks: usize, most: usize) -> usize {
-    chunks.next_power_of_two().clamp(4, most)
+    };
+    (2 * stages, stages * (2 * format.codes.words() * 512 + 32 * format.scales.registers()))
 }
 
 /// A projection on the device: what `matrix` points into.
@@ -159,7 +171,17 @@ impl Decode {
         }
         let gpu = stream.gpu();
         let fatbin = packed.format.decode_fatbin().ok_or(CudaError::NoKernel("decode"))?;
-        let plan = Plan::new(packed, config, gpu.info().sms as usize);
+        let sizes = Sizes {
+            format: packed.format,
+            topk: config.topk,
+            hidden: 2 * config.hidden,
+            middle: 2 * packed.middle,
+            first_blocks: packed.first.blocks,
+            second_blocks: packed.second.blocks,
+            second_slabs: packed.second.slabs,
+        };
+        let info = gpu.info();
+        let plan = Plan::new(sizes, info.sms as usize, info.shared_per_block.saturating_sub(STATIC_SHARED));
         let load = |entry, shape: Shape| {
             let kernel = gpu.kernel(fatbin, entry)?;
             kernel.allow_shared(shape.shared)?;
@@ -182,6 +204,11 @@ impl Decode {
 
     /// Tokens that go through a pair of launches.
     fn group(&self) -> usize {
+        // With batch invariance, a token's sums must not depend on which experts the others chose: the second kernel
+        // takes each alone, which needs room for its rows.
+        if self.config.batch_invariant && self.plan.second.shared_lone.is_none() {
+            return 1;
+        }
         TOKENS.min(MAX_ITEMS / self.config.topk)
     }
 
@@ -241,19 +268,22 @@ impl Decode {
                 tokens: n as i32,
                 ..self.params()
             };
-            // With batch invariance, a token's sums must not depend on which experts the others chose.
-            let alone = n == 1 && !c.batch_invariant;
-            let first = if alone { &self.first_one } else { &self.first_many };
-            let lone = n == 1 || c.batch_invariant;
-            let (second, rows) = if lone { (&self.second_one, n) } else { (&self.second_many, 1) };
+            let Plan { first, second } = self.plan;
+            let (kernel, shared) = match first.shared_lone {
+                Some(shared) if n == 1 && !c.batch_invariant => (&self.first_one, shared),
+                _ => (&self.first_many, first.shared),
+            };
             let grid = [self.first.matrix.slabs as u32, (n * c.topk) as u32, 1];
             // SAFETY: the parameters are those of every entry; lengths were checked, the packed experts live in `self`;
             // the rest is the caller's promise.
-            unsafe { launch(stream, first, self.plan.first, grid, &params)? };
-            // SAFETY: as above.
-            unsafe {
-                launch(stream, second, self.plan.second, [self.second.matrix.slabs as u32, rows as u32, 1], &params)?
+            unsafe { launch(stream, kernel, first.warps, shared, grid, &params)? };
+            let (kernel, shared, rows) = match second.shared_lone {
+                Some(shared) if n == 1 || c.batch_invariant => (&self.second_one, shared, n),
+                _ => (&self.second_many, second.shared, 1),
             };
+            let grid = [self.second.matrix.slabs as u32, rows as u32, 1];
+            // SAFETY: as above.
+            unsafe { launch(stream, kernel, second.warps, shared, grid, &params)? };
         }
         Ok(())
     }
@@ -273,12 +303,13 @@ impl Decode {
             max_tokens: i32::try_from(max).map_err(|_| CudaError::Argument("more than 2^31 - 1 slots"))?,
             ..self.params()
         };
+        let Plan { first, second } = self.plan;
         let grid = |m: &Matrix| [m.slabs as u32, c.local_experts as u32, max.div_ceil(TOKENS) as u32];
         // SAFETY: the parameters are those of every entry; lengths were checked, the packed experts live in `self`; the
         // rest is the caller's promise.
         unsafe {
-            launch(stream, &self.first_batched, self.plan.first, grid(&self.first.matrix), &params)?;
-            launch(stream, &self.second_batched, self.plan.second, grid(&self.second.matrix), &params)
+            launch(stream, &self.first_batched, first.warps, first.shared, grid(&self.first.matrix), &params)?;
+            launch(stream, &self.second_batched, second.warps, second.shared, grid(&self.second.matrix), &params)
         }
     }
 }
@@ -289,13 +320,14 @@ impl Decode {
 unsafe fn launch(
     stream: &Stream,
     kernel: &Kernel,
-    shape: Shape,
+    warps: usize,
+    shared: usize,
     grid: [u32; 3],
     params: &Params,
 ) -> Result<(), CudaError> {
-    let launch = Launch { grid, ..Launch::new(1, 32 * shape.warps as u32) };
+    let launch = Launch { grid, ..Launch::new(1, 32 * warps as u32) };
     // SAFETY: the caller's promise.
-    unsafe { launch.shared(shape.shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }
+    unsafe { launch.shared(shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }
 }
 
 /// As `Activation` in kernels/common/activation.cuh: kind, alpha, beta, limit.
@@ -309,4 +341,63 @@ fn activation(a: Activation) -> [u32; 4] {
         _ => (0.0, 0.0, none),
     };
     [a.index() as u32, alpha.to_bits(), beta.to_bits(), limit.to_bits()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pack::{Compute, StageScales};
+    use super::*;
+
+    const H200: usize = (227 << 10) - STATIC_SHARED;
+    const ADA: usize = (99 << 10) - STATIC_SHARED;
+
+    fn sizes(codes: Codes, scales: StageScales, (h, i, k): (usize, usize, usize)) -> Sizes {
+        Sizes {
+            format: Format { codes, scales, compute: Compute::Bf16, scale_bf16: false },
+            topk: k,
+            hidden: 2 * h,
+            middle: 2 * i,
+            first_blocks: h.div_ceil(64),
+            second_blocks: i.div_ceil(64),
+            second_slabs: h.div_ceil(16),
+        }
+    }
+
+    #[test]
+    fn every_plan_fits_the_gpu_and_fills_its_blocks() {
+        let formats = [
+            (Codes::Half, StageScales::None),
+            (Codes::E4m3, StageScales::F32(4)),
+            (Codes::U4, StageScales::Half(4, true)),
+        ];
+        let layers = [(2048, 768, 8), (4096, 14336, 2), (7168, 256, 8), (2880, 2880, 4), (5120, 8192, 1), (96, 32, 10)];
+        for (codes, scales) in formats {
+            for layer in layers {
+                for (sms, shared) in [(132, H200), (128, ADA)] {
+                    let plan = Plan::new(sizes(codes, scales, layer), sms, shared);
+                    for (shape, most) in [(plan.first, 8), (plan.second, 16)] {
+                        assert!(shape.shared <= shared && shape.shared >= 512 * shape.warps, "{layer:?} {shape:?}");
+                        assert!(shape.shared_lone.is_none_or(|s| s <= shared), "{layer:?} {shape:?}");
+                        assert!(shape.warps.is_power_of_two() && (4..=most).contains(&shape.warps), "{shape:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_left_to_the_kernel_for_many() {
+        let wide = sizes(Codes::Half, StageScales::None, (4096, 14336, 8));
+        assert_eq!(Plan::new(wide, 132, H200).second.shared_lone, None);
+        let narrow = sizes(Codes::Half, StageScales::None, (2048, 768, 8));
+        assert!(Plan::new(narrow, 132, H200).second.shared_lone.is_some());
+    }
+
+    #[test]
+    fn few_slabs_get_large_blocks() {
+        let qwen = sizes(Codes::U4, StageScales::Half(1, false), (2048, 768, 8));
+        assert_eq!(Plan::new(qwen, 132, H200).second.warps, 16);
+        let deepseek = sizes(Codes::U4, StageScales::Half(1, false), (7168, 256, 8));
+        assert_eq!(Plan::new(deepseek, 132, H200).second.warps, 8);
+    }
 }
