@@ -376,7 +376,12 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
 // Shared memory of all: the warps' rings (common/stream.cuh), which then serve to add up.
 
 // Blocks per multiprocessor that the registers must allow: as many as they do without spills.
-constexpr bool kManyRegisters = moe::S::kZero || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool kFourBits = false;
+#else
+constexpr bool kFourBits = moe::Q::kWords == 1;
+#endif
+constexpr bool kManyRegisters = moe::S::kZero || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1) || kFourBits;
 constexpr int kBlocksOne = kManyRegisters ? 2 : 4, kBlocksMany = kManyRegisters ? 2 : 3;
 
 // grid (first.slabs, topk)
