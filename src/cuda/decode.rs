@@ -1,12 +1,13 @@
 //! `cuda_decode`: two launches from expert ids to output, for a handful of tokens at a time (kernels/decode.cu).
 
+use super::activation::Activation;
 use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::pack::{Codes, Format, PackedExperts, PackedProjection};
 use super::{CudaError, Stream};
-use crate::config::{Activation, ActivationFormat, MoeConfig};
+use crate::config::{ActivationFormat, MoeConfig};
 
 /// Tokens of a pair of launches: the columns of a tensor-core product.
 const TOKENS: usize = 8;
@@ -52,7 +53,7 @@ struct Params {
     middle_stride: i32,
     experts: i32,
     weight_on_input: i32,
-    activation: [u32; 4],
+    activation: Activation,
     _pad: i32,
 }
 
@@ -232,7 +233,7 @@ impl Decode {
             middle_stride: self.middle as i32,
             experts: c.experts as i32,
             weight_on_input: i32::from(c.weight_on_input),
-            activation: activation(c.activation),
+            activation: Activation::of(c.activation),
             ..bytemuck::Zeroable::zeroed()
         }
     }
@@ -328,19 +329,6 @@ unsafe fn launch(
     let launch = Launch { grid, ..Launch::new(1, 32 * warps as u32) };
     // SAFETY: the caller's promise.
     unsafe { launch.shared(shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }
-}
-
-/// As `Activation` in kernels/common/activation.cuh: kind, alpha, beta, limit.
-fn activation(a: Activation) -> [u32; 4] {
-    let none = f32::INFINITY;
-    let (alpha, beta, limit) = match a {
-        Activation::Silu { limit } => (0.0, 0.0, limit.unwrap_or(none)),
-        Activation::SwigluOai { alpha, beta, limit } => (alpha, beta, limit),
-        Activation::SwigluStep { limit } => (0.0, 0.0, limit),
-        Activation::Situ { beta, linear_beta } => (linear_beta.unwrap_or(0.0), beta, none),
-        _ => (0.0, 0.0, none),
-    };
-    [a.index() as u32, alpha.to_bits(), beta.to_bits(), limit.to_bits()]
 }
 
 #[cfg(test)]

@@ -4,12 +4,13 @@
 mod arena;
 mod matrix;
 
+use super::activation::Activation;
 use super::call::Tensors;
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::{CudaError, Stream};
-use crate::config::{self, ActivationFormat, InputType, MoeConfig};
+use crate::config::{ActivationFormat, InputType, MoeConfig};
 use crate::weights::{MoeWeights, WeightError};
 use arena::Arena;
 use bytemuck::{Pod, Zeroable};
@@ -59,16 +60,6 @@ struct Layer {
     weight_on_input: i32,
     activation: Activation,
     _pad: i32,
-}
-
-/// As in kernels/common/activation.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-struct Activation {
-    kind: i32,
-    alpha: f32,
-    beta: f32,
-    limit: f32,
 }
 
 /// As in kernels/emulation.cu.
@@ -211,24 +202,9 @@ fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
         topk: int(config.topk),
         bf16,
         weight_on_input: i32::from(config.weight_on_input),
-        activation: activation(config.activation),
+        activation: Activation::of(config.activation),
         _pad: 0,
     })
-}
-
-fn activation(a: config::Activation) -> Activation {
-    let limit = f32::INFINITY;
-    let plain = Activation { kind: a.index() as i32, alpha: 0.0, beta: 0.0, limit };
-    match a {
-        config::Activation::Silu { limit: Some(limit) } | config::Activation::SwigluStep { limit } => {
-            Activation { limit, ..plain }
-        }
-        config::Activation::SwigluOai { alpha, beta, limit } => Activation { alpha, beta, limit, ..plain },
-        config::Activation::Situ { beta, linear_beta } => {
-            Activation { alpha: linear_beta.unwrap_or(0.0), beta, ..plain }
-        }
-        _ => plain,
-    }
 }
 
 /// Whether valid weights are the layer's.

@@ -3,6 +3,7 @@
 //! Nothing here links to CUDA. The driver's library is loaded when [`Gpu::open`] first asks for it, so that one binary
 //! runs with and without a GPU.
 
+mod activation;
 mod call;
 mod decode;
 mod device;

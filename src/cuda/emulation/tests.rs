@@ -71,21 +71,3 @@ fn weights_of_another_layer_are_refused() {
         assert!(fits(&weights, &config).unwrap_err().problem.contains(word), "{word}");
     }
 }
-
-#[test]
-fn activations_keep_their_parameters() {
-    let inf = f32::INFINITY;
-    for (a, want) in [
-        (A::SILU, (0, 0.0, 0.0, inf)),
-        (A::Silu { limit: Some(3.0) }, (0, 0.0, 0.0, 3.0)),
-        (A::GeluTanh, (2, 0.0, 0.0, inf)),
-        (A::SWIGLU_OAI, (3, 1.702, 1.0, 7.0)),
-        (A::SwigluStep { limit: 7.0 }, (4, 0.0, 0.0, 7.0)),
-        (A::Situ { beta: 2.0, linear_beta: None }, (5, 0.0, 2.0, inf)),
-        (A::Situ { beta: 2.0, linear_beta: Some(1.5) }, (5, 1.5, 2.0, inf)),
-        (A::Relu2NoMul, (10, 0.0, 0.0, inf)),
-    ] {
-        let (kind, alpha, beta, limit) = want;
-        assert_eq!(activation(a), Activation { kind, alpha, beta, limit }, "{a:?}");
-    }
-}
