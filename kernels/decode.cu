@@ -17,6 +17,7 @@ enum class Mode {
     kMany,     // tokens that may share experts
     kBatched,  // the batched format: an expert's tokens lie together, results stay per expert
 };
+
 // T * topk at most.
 constexpr int kMaxItems = 128;
 // Places of the warps' rings; src/cuda/decode.rs has the same.
@@ -40,6 +41,8 @@ struct DecodeParams {
     int weight_on_input;
     Activation activation;
 };
+// src/cuda/decode.rs has the same.
+static_assert(sizeof(DecodeParams) == 184, "");
 
 // The local expert of a global id, -1 if it is not here.
 __device__ __forceinline__ int local_expert(const DecodeParams& p, int id) {

@@ -29,7 +29,7 @@ fn bound(input: InputType) -> f64 {
 fn as_stored(layer: &Layer) -> Layer {
     use moe_oracle::cuda::pack::{Codes, PackedExperts};
     let mut weights = layer.weights.clone();
-    if PackedExperts::new(&weights, &layer.config).unwrap().format.codes == Codes::Half {
+    if PackedExperts::new(&weights, &layer.config).unwrap().format().codes == Codes::Half {
         let f16 = layer.config.input == InputType::F16;
         let bits = |v: f32| if f16 { half::f16::from_f32(v).to_bits() } else { half::bf16::from_f32(v).to_bits() };
         let matrices = weights.experts.iter_mut().flat_map(|e| e.gate.iter_mut().chain([&mut e.up, &mut e.down]));

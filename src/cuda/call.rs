@@ -4,6 +4,14 @@ use super::CudaError;
 use super::memory::DevicePtr;
 use crate::config::MoeConfig;
 
+/// Kernels read rows 16 bytes at a time; an address that is not a multiple would be a fault of the whole context.
+fn aligned(addresses: [u64; 3]) -> Result<(), CudaError> {
+    match addresses.iter().all(|a| a.is_multiple_of(16)) {
+        true => Ok(()),
+        false => Err(CudaError::Argument("hidden states, output and workspace must be aligned to 16 bytes")),
+    }
+}
+
 /// The memory of one call in the standard format: T tokens, H hidden, k top-k. 16-bit elements are of the layer's input
 /// type, bf16 or f16.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +24,7 @@ pub struct Tensors<'a> {
     pub topk_weights: DevicePtr<'a, f32>,
     /// `[T, H]`, 16-bit, written; aligned to 16 bytes
     pub output: DevicePtr<'a, u16>,
-    /// Scratch of `workspace_bytes(T)`, whatever it holds; aligned to 256 bytes
+    /// Scratch of `workspace_bytes(T)`, whatever it holds; aligned to 16 bytes
     pub workspace: DevicePtr<'a, u8>,
 }
 
@@ -33,7 +41,7 @@ impl Tensors<'_> {
         if self.workspace.len() < workspace {
             return Err(CudaError::Argument("the workspace is too small: ask workspace_bytes for the largest batch"));
         }
-        Ok(())
+        aligned([self.hidden.address(), self.output.address(), self.workspace.address()])
     }
 }
 
@@ -47,7 +55,7 @@ pub struct BatchedTensors<'a> {
     pub counts: DevicePtr<'a, i32>,
     /// `[E, max, H]`, 16-bit, written where there are tokens: results without routing weights
     pub output: DevicePtr<'a, u16>,
-    /// Scratch of `workspace_bytes(max)`, whatever it holds; aligned to 256 bytes
+    /// Scratch of `workspace_bytes(max)`, whatever it holds; aligned to 16 bytes
     pub workspace: DevicePtr<'a, u8>,
 }
 
@@ -65,6 +73,6 @@ impl BatchedTensors<'_> {
         if self.workspace.len() < workspace {
             return Err(CudaError::Argument("the workspace is too small: ask workspace_bytes for the most slots"));
         }
-        Ok(())
+        aligned([self.hidden.address(), self.output.address(), self.workspace.address()])
     }
 }

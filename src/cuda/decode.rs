@@ -57,6 +57,9 @@ struct Params {
     _pad: i32,
 }
 
+// The kernels assert the same.
+const _: () = assert!(size_of::<Params>() == 184);
+
 /// Warps of a block and bytes of its shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Shape {
@@ -217,9 +220,9 @@ impl Decode {
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         let rows = match self.config.format {
             ActivationFormat::Standard => tokens.min(self.group()) * self.config.topk,
-            ActivationFormat::Batched => tokens * self.config.local_experts,
+            ActivationFormat::Batched => tokens.saturating_mul(self.config.local_experts),
         };
-        rows * self.middle * 2
+        rows.saturating_mul(self.middle * 2)
     }
 
     /// What is the same in every call.
@@ -253,9 +256,6 @@ impl Decode {
     ) -> Result<(), CudaError> {
         let c = &self.config;
         t.check(c, tokens, self.workspace_bytes(tokens))?;
-        if map.is_some_and(|m| m.len() < c.experts) {
-            return Err(CudaError::Argument("the expert map has fewer entries than there are experts"));
-        }
         for start in (0..tokens).step_by(self.group()) {
             let n = (tokens - start).min(self.group());
             let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
@@ -295,13 +295,17 @@ impl Decode {
     /// As for [`forward`](Self::forward).
     pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
         let c = &self.config;
+        // The kernels count rows in 32 bits, and a grid has so many layers of blocks.
+        if max.saturating_mul(c.local_experts) > i32::MAX as usize || max > 65_535 * TOKENS {
+            return Err(CudaError::Argument("the batched format on the GPU takes at most 524280 slots, 2^31 in all"));
+        }
         t.check(c, max, self.workspace_bytes(max))?;
         let params = Params {
             hidden: t.hidden.address(),
             middle: t.workspace.address(),
             output: t.output.address(),
             counts: t.counts.address(),
-            max_tokens: i32::try_from(max).map_err(|_| CudaError::Argument("more than 2^31 - 1 slots"))?,
+            max_tokens: max as i32,
             ..self.params()
         };
         let Plan { first, second } = self.plan;
@@ -379,6 +383,21 @@ mod tests {
         assert_eq!(Plan::new(wide, 132, H200).second.shared_lone, None);
         let narrow = sizes(Codes::Half, StageScales::None, (2048, 768, 8));
         assert!(Plan::new(narrow, 132, H200).second.shared_lone.is_some());
+    }
+
+    #[test]
+    fn the_kernels_have_the_same_numbers() {
+        let decode = include_str!("../../kernels/decode.cu");
+        for (name, value) in [
+            ("kColumns", TOKENS),
+            ("kMaxItems", MAX_ITEMS),
+            ("kFirstDepth", FIRST_DEPTH),
+            ("kSecondDepth", SECOND_DEPTH),
+        ] {
+            assert!(decode.contains(&format!("constexpr int {name} = {value};")), "{name}");
+        }
+        // What `chunk` says of codes of one word.
+        assert!(include_str!("../../kernels/common/stream.cuh").contains("kStages = Q::kWords == 1 ? 2 : 1,"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::kernel;
 use crate::oracle::ConvertError;
-use crate::weights::{MoeWeights, WeightMatrix};
+use crate::weights::{ExpertWeights, MoeWeights};
 
 /// Weights in the layout of a GPU backend, still on the host.
 pub enum GpuWeights {
@@ -24,10 +24,7 @@ impl GpuWeights {
     pub fn bytes_per_expert(&self) -> usize {
         match self {
             GpuWeights::Decode(packed) => packed.bytes_per_expert,
-            GpuWeights::Emulation(weights) => weights
-                .experts
-                .first()
-                .map_or(0, |e| e.gate.as_ref().map_or(0, WeightMatrix::bytes) + e.up.bytes() + e.down.bytes()),
+            GpuWeights::Emulation(weights) => weights.experts.first().map_or(0, ExpertWeights::bytes),
         }
     }
 }
@@ -77,13 +74,18 @@ impl CudaKernel {
         if config.format == ActivationFormat::Standard || map.is_some() {
             kernel::check_map(map, config)?;
         }
-        let have = match weights {
-            GpuWeights::Decode(packed) => packed.experts,
-            GpuWeights::Emulation(weights) => weights.experts.len(),
+        let (experts, hidden, intermediate, gated) = match weights {
+            GpuWeights::Decode(p) => (p.experts, p.hidden, p.intermediate, p.gated),
+            GpuWeights::Emulation(w) => (w.experts.len(), w.hidden(), w.intermediate(), w.gated()),
         };
-        if have != config.local_experts {
-            let want = config.local_experts;
-            return Err(ConvertError::Shape { what: "the number of experts", have, want }.into());
+        let sizes = [
+            ("the number of experts", experts, config.local_experts),
+            ("the hidden size", hidden, config.hidden),
+            ("the intermediate size", intermediate, config.intermediate),
+            ("gated (0 or 1)", usize::from(gated), usize::from(config.activation.gated())),
+        ];
+        if let Some(&(what, have, want)) = sizes.iter().find(|(_, have, want)| have != want) {
+            return Err(ConvertError::Shape { what, have, want }.into());
         }
         let experts = match weights {
             GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),

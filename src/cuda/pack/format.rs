@@ -208,7 +208,7 @@ fn one(m: &WeightMatrix, compute: Compute) -> Option<Format> {
         WeightElem::Quant(Elem::U4) => Codes::U4,
         WeightElem::Quant(_) => return None,
     };
-    // 4-bit integers with one scale for a row have no entry of their own.
+    // Not every pair of codes and scales has kernels.
     let format = Format { codes, scales, compute, scale_bf16 };
     format.decode_fatbin().map(|_| format)
 }
@@ -222,4 +222,20 @@ fn join(a: Format, b: Format) -> Option<Format> {
         _ => return None,
     };
     (a.codes == b.codes && a.scale_bf16 == b.scale_bf16).then_some(Format { scales, ..a })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_build_has_every_fatbin_that_a_format_names() {
+        use crate::cuda::{FATBINS, NOT_BUILT};
+        if let Some(why) = NOT_BUILT {
+            return println!("skipped: {why}");
+        }
+        for name in NAMES.iter().flat_map(|n| n.2) {
+            assert!(FATBINS.iter().any(|f| f.name == name), "{name} is not in the table");
+        }
+    }
 }

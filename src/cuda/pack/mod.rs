@@ -35,7 +35,7 @@ pub enum GpuPackError {
 }
 
 /// One projection of all experts, on the host.
-pub struct PackedProjection {
+pub(super) struct PackedProjection {
     /// `[E][slabs]` slabs of `slab_bytes`: stages of two blocks' codes and their scales.
     pub stages: Vec<u8>,
     /// `[E][slabs * 16]`: what multiplies a row's sum at last.
@@ -50,20 +50,22 @@ pub struct PackedProjection {
     pub blocks: usize,
 }
 
-/// A layer's experts, on the host.
+/// A layer's experts, on the host. The kernels trust its sizes, so that nobody may change them.
 pub struct PackedExperts {
     /// The format of both projections.
-    pub format: Format,
+    pub(super) format: Format,
     /// Gate and up: rows 0-7 of a slab are gate's, 8-15 up's; all 16 are up's where not gated.
-    pub first: PackedProjection,
+    pub(super) first: PackedProjection,
     /// Down.
-    pub second: PackedProjection,
-    /// Local experts.
-    pub experts: usize,
+    pub(super) second: PackedProjection,
     /// Rows of the activation's result per assignment, padding included.
-    pub middle: usize,
+    pub(super) middle: usize,
+    pub(super) experts: usize,
+    pub(super) hidden: usize,
+    pub(super) intermediate: usize,
+    pub(super) gated: bool,
     /// Bytes that one expert's use must read, as the checkpoint stores them.
-    pub bytes_per_expert: usize,
+    pub(super) bytes_per_expert: usize,
 }
 
 /// Where a packed row comes from.
@@ -93,15 +95,22 @@ impl PackedExperts {
         let second = projection(weights, format, hidden.div_ceil(SLAB), intermediate, |e, row| {
             (row < hidden).then_some((&e.down, e.down_bias.as_deref(), row))
         })?;
-        let read = |e: &ExpertWeights| e.gate.as_ref().map_or(0, WeightMatrix::bytes) + e.up.bytes() + e.down.bytes();
         Ok(Self {
             format,
             middle: slabs * if gated { SLAB / 2 } else { SLAB },
             first,
             second,
             experts: weights.experts.len(),
-            bytes_per_expert: weights.experts.first().map_or(0, read),
+            hidden,
+            intermediate,
+            gated,
+            bytes_per_expert: weights.experts.first().map_or(0, ExpertWeights::bytes),
         })
+    }
+
+    /// The format of both projections.
+    pub fn format(&self) -> Format {
+        self.format
     }
 }
 
