@@ -41,45 +41,31 @@ struct Operand {
     uint32_t x[8];
 };
 
-// From a token's row in global memory, at the block's first column, or null for zeros. `left` columns exist (all, if
-// kWhole), the others are zeros.
-template <class S, bool kWhole>
-__device__ __forceinline__ Operand operand_of(const char* row, int left, int t) {
-    Operand o;
-    if constexpr (S::kGroups == 8) {
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-            uint2 v = make_uint2(0, 0);
-            if (row != nullptr && (kWhole || 16 * s + 4 * t < left)) v = load_8(row + 32 * s + 8 * t);
-            o.x[2 * s] = v.x, o.x[2 * s + 1] = v.y;
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (row != nullptr && (kWhole || 32 * j + 8 * t < left)) v = load_16(row + 64 * j + 16 * t);
-            o.x[4 * j] = v.x, o.x[4 * j + 1] = v.y, o.x[4 * j + 2] = v.z, o.x[4 * j + 3] = v.w;
-        }
-    }
-    return o;
-}
+// A row in global memory may be missing, one in shared memory (an address) is there.
+__device__ __forceinline__ bool exists(const char* row) { return row != nullptr; }
+__device__ __forceinline__ bool exists(uint32_t) { return true; }
+__device__ __forceinline__ uint4 read_16(const char* at) { return load_16(at); }
+__device__ __forceinline__ uint4 read_16(uint32_t at) { return read_shared<uint4>(at); }
+__device__ __forceinline__ uint2 read_8(const char* at) { return load_8(at); }
+__device__ __forceinline__ uint2 read_8(uint32_t at) { return read_shared<uint2>(at); }
 
-// The same from a row in shared memory.
-template <class S, bool kWhole>
-__device__ __forceinline__ Operand operand_of(uint32_t row, int left, int t) {
+// From a token's row at the block's first column; a missing one is zeros. `left` columns exist (all, if kWhole), the
+// others are zeros.
+template <class S, bool kWhole, class Row>
+__device__ __forceinline__ Operand operand_of(Row row, int left, int t) {
     Operand o;
     if constexpr (S::kGroups == 8) {
 #pragma unroll
         for (int s = 0; s < 4; s++) {
             uint2 v = make_uint2(0, 0);
-            if (kWhole || 16 * s + 4 * t < left) v = read_shared<uint2>(row + 32 * s + 8 * t);
+            if (exists(row) && (kWhole || 16 * s + 4 * t < left)) v = read_8(row + 32 * s + 8 * t);
             o.x[2 * s] = v.x, o.x[2 * s + 1] = v.y;
         }
     } else {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             uint4 v = make_uint4(0, 0, 0, 0);
-            if (kWhole || 32 * j + 8 * t < left) v = read_shared<uint4>(row + 64 * j + 16 * t);
+            if (exists(row) && (kWhole || 32 * j + 8 * t < left)) v = read_16(row + 64 * j + 16 * t);
             o.x[4 * j] = v.x, o.x[4 * j + 1] = v.y, o.x[4 * j + 2] = v.z, o.x[4 * j + 3] = v.w;
         }
     }
