@@ -268,6 +268,13 @@ pub struct ExpertWeights {
     pub down_input_scale: Option<f32>,
 }
 
+impl ExpertWeights {
+    /// Bytes of codes and scales as a checkpoint stores them: what a kernel must read at least.
+    pub fn bytes(&self) -> usize {
+        self.gate.as_ref().map_or(0, WeightMatrix::bytes) + self.up.bytes() + self.down.bytes()
+    }
+}
+
 /// The experts of one layer.
 #[derive(Clone, Debug)]
 pub struct MoeWeights {

@@ -13,20 +13,6 @@ use moe_oracle::oracle::{DynOracle, ORACLES};
 use moe_oracle::scheme::QuantKey;
 use moe_oracle::weights::Scales;
 
-const GATED: [Activation; 9] = [
-    Activation::SILU,
-    Activation::Silu { limit: Some(1.5) },
-    Activation::Gelu,
-    Activation::GeluTanh,
-    Activation::SWIGLU_OAI,
-    Activation::SwigluStep { limit: 1.25 },
-    Activation::Situ { beta: 2.0, linear_beta: None },
-    Activation::Situ { beta: 2.0, linear_beta: Some(1.5) },
-    Activation::Relu2,
-];
-const UNGATED: [Activation; 4] =
-    [Activation::SiluNoMul, Activation::GeluNoMul, Activation::GeluTanhNoMul, Activation::Relu2NoMul];
-
 const TYPES: [InputType; 2] = [InputType::Bf16, InputType::F16];
 
 /// Bytes after output and workspace that nobody may write.

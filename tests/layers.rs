@@ -16,20 +16,6 @@ fn oracle(alias: &str) -> &'static DynOracle {
     ORACLES.iter().find(|o| o.alias == alias).unwrap()
 }
 
-const GATED: [Activation; 9] = [
-    Activation::SILU,
-    Activation::Silu { limit: Some(1.5) },
-    Activation::Gelu,
-    Activation::GeluTanh,
-    Activation::SWIGLU_OAI,
-    Activation::SwigluStep { limit: 1.25 },
-    Activation::Situ { beta: 2.0, linear_beta: None },
-    Activation::Situ { beta: 2.0, linear_beta: Some(1.5) },
-    Activation::Relu2,
-];
-const UNGATED: [Activation; 4] =
-    [Activation::SiluNoMul, Activation::GeluNoMul, Activation::GeluTanhNoMul, Activation::Relu2NoMul];
-
 fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
     MoeConfig { input: InputType::F32, ..MoeConfig::new(e, k, h, i) }
 }

@@ -63,14 +63,8 @@ impl<X: Experts> MoeKernel<Standard, X> {
         pool: &dyn Executor,
     ) -> Result<(), ForwardError> {
         let c = &self.config;
-        let tokens = hidden.len() / c.hidden;
-        expect("hidden_states", hidden.len(), tokens * c.hidden)?;
+        let tokens = check_routed(c, hidden.len(), topk_ids, topk_weights)?;
         expect("output", output.len(), hidden.len())?;
-        expect("topk_ids", topk_ids.len(), tokens * c.topk)?;
-        expect("topk_weights", topk_weights.len(), tokens * c.topk)?;
-        if let Some(i) = topk_ids.iter().position(|id| *id < -1 || *id >= c.experts as i32) {
-            return Err(ForwardError::ExpertId { token: i / c.topk, id: topk_ids[i], experts: c.experts });
-        }
         let want = self.workspace_bytes(tokens);
         if workspace.len() < want {
             return Err(ForwardError::Workspace { have: workspace.len(), want });

@@ -149,6 +149,23 @@ pub(crate) fn check_map(map: Option<&[i32]>, config: &MoeConfig) -> Result<(), C
     }
 }
 
+/// Checks hidden states of so many elements with their ids and weights; gives the number of tokens.
+pub(crate) fn check_routed(
+    c: &MoeConfig,
+    hidden: usize,
+    topk_ids: &[i32],
+    topk_weights: &[f32],
+) -> Result<usize, ForwardError> {
+    let tokens = hidden / c.hidden;
+    expect("hidden_states", hidden, tokens * c.hidden)?;
+    expect("topk_ids", topk_ids.len(), tokens * c.topk)?;
+    expect("topk_weights", topk_weights.len(), tokens * c.topk)?;
+    match topk_ids.iter().position(|id| *id < -1 || *id >= c.experts as i32) {
+        Some(i) => Err(ForwardError::ExpertId { token: i / c.topk, id: topk_ids[i], experts: c.experts }),
+        None => Ok(tokens),
+    }
+}
+
 fn expect(what: &'static str, have: usize, want: usize) -> Result<(), ForwardError> {
     if have == want { Ok(()) } else { Err(ForwardError::Length { what, have, want }) }
 }

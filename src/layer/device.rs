@@ -83,22 +83,8 @@ fn gpu(
 ) -> Result<Vec<f32>, RunError> {
     use crate::config::InputType;
     use crate::cuda::{DeviceBuffer, Tensors};
-    use crate::kernel::ForwardError;
     let c = kernel.config();
-    let tokens = hidden.len() / c.hidden;
-    for (what, have, each) in [
-        ("hidden_states", hidden.len(), c.hidden),
-        ("topk_ids", ids.len(), c.topk),
-        ("topk_weights", weights.len(), c.topk),
-    ] {
-        let want = tokens * each;
-        if have != want {
-            return Err(ForwardError::Length { what, have, want }.into());
-        }
-    }
-    if let Some(i) = ids.iter().position(|id| *id < -1 || *id >= c.experts as i32) {
-        return Err(ForwardError::ExpertId { token: i / c.topk, id: ids[i], experts: c.experts }.into());
-    }
+    let tokens = crate::kernel::check_routed(c, hidden.len(), ids, weights)?;
     let f16 = c.input == InputType::F16;
     let to_bits = |v: &f32| if f16 { half::f16::from_f32(*v).to_bits() } else { half::bf16::from_f32(*v).to_bits() };
     let x: Vec<u16> = hidden.iter().map(to_bits).collect();

@@ -7,12 +7,28 @@ pub mod gpu;
 pub mod reference;
 pub mod weights;
 
-use moe_oracle::config::{InputType, MoeConfig};
+use moe_oracle::config::{Activation, InputType, MoeConfig};
 use moe_oracle::cpu::{Executor, Experts};
 use moe_oracle::kernel::{Batched, MoeKernel, PrepareFinalize, Rows, RowsMut, Standard};
 use moe_oracle::oracle::{Bf16, Device, DynOracle, ExpertsKind, KernelInfo, MoeKernelOracle, Numerics, SUPPORT};
 use moe_oracle::platform::{CpuIsa, Platform};
 use moe_oracle::weights::MoeWeights;
+
+/// Activations with a gate, with the parameters that change their course.
+pub const GATED: [Activation; 9] = [
+    Activation::SILU,
+    Activation::Silu { limit: Some(1.5) },
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::SWIGLU_OAI,
+    Activation::SwigluStep { limit: 1.25 },
+    Activation::Situ { beta: 2.0, linear_beta: None },
+    Activation::Situ { beta: 2.0, linear_beta: Some(1.5) },
+    Activation::Relu2,
+];
+/// Those without.
+pub const UNGATED: [Activation; 4] =
+    [Activation::SiluNoMul, Activation::GeluNoMul, Activation::GeluTanhNoMul, Activation::Relu2NoMul];
 
 /// splitmix64: reproducible, and the tests need nothing better.
 #[derive(Clone)]

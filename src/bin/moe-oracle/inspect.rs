@@ -21,10 +21,7 @@ pub struct Args {
 const PLATFORMS: [&str; 6] = ["cpu", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120"];
 
 fn bytes(layer: &MoeLayer) -> usize {
-    let expert = |e: &moe_oracle::weights::ExpertWeights| {
-        e.gate.as_ref().map_or(0, |m| m.bytes()) + e.up.bytes() + e.down.bytes()
-    };
-    layer.weights.experts.iter().map(expert).sum()
+    layer.weights.experts.iter().map(|e| e.bytes()).sum()
 }
 
 fn facts(layer: &MoeLayer) -> Value {

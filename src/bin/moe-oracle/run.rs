@@ -55,7 +55,7 @@ pub fn backend(name: &str) -> Result<MoeBackend, Failure> {
 /// Runs the command.
 pub fn run(args: Args) -> Result<(), Failure> {
     let place = args.device.open()?;
-    let inputs = SelectInputs::named(backend(&args.backend)?);
+    let inputs = SelectInputs::named(backend(&args.backend)?).built_only();
     let options = LayerOptions { platform: place.platform(), inputs, exact_activations: args.exact_activations };
     let checkpoint = Checkpoint::open(&args.model)?;
     let index = match args.layer {

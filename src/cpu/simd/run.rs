@@ -57,14 +57,6 @@ struct Parts {
 const ALONE: usize = 1 << 15;
 
 impl SimdExperts {
-    fn hidden(&self) -> usize {
-        self.down.shape.rows
-    }
-
-    fn intermediate(&self) -> usize {
-        self.down.shape.cols
-    }
-
     /// Bytes of the `i`th gate (if any) and up panel of an expert, or of its down panel.
     fn panels(&self, expert: usize, i: usize, down: bool) -> (&[u8], &[u8]) {
         let all = &self.packed[expert * self.expert_bytes..][..self.expert_bytes];

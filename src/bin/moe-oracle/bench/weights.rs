@@ -91,10 +91,7 @@ impl Format {
 
 /// Bytes that one expert's use must read: codes and scales as a checkpoint stores them.
 pub fn expert_bytes(weights: &MoeWeights) -> usize {
-    weights
-        .experts
-        .first()
-        .map_or(0, |e| e.gate.as_ref().map_or(0, WeightMatrix::bytes) + e.up.bytes() + e.down.bytes())
+    weights.experts.first().map_or(0, |e| e.bytes())
 }
 
 /// Random weights of a preset. All experts share one expert's codes, for a packer copies them anyway and time does not
