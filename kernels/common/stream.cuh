@@ -5,26 +5,12 @@
 // more than about a hundred under way in a multiprocessor, all of them become several times slower.
 #pragma once
 #include "format.cuh"
+#include "matrix.cuh"
 #include "ptx.cuh"
 
 namespace moe {
 
-constexpr int kBlock = 64, kStage = 128;
-
-// One packed projection of all experts.
-struct Matrix {
-    const char* stages;    // [E][slabs] slabs of `slab_bytes`
-    const float* factors;  // [E][slabs * 16], what multiplies a row's sum at last
-    const float* bias;     // [E][slabs * 16] or null
-    int slab_bytes;
-    int slabs;
-    int blocks;      // per slab
-    int scale_bf16;  // 16-bit scales: bf16, not f16
-};
-
-__device__ __forceinline__ const char* slab_of(const Matrix& m, int expert, int slab) {
-    return m.stages + ((long long)expert * m.slabs + slab) * m.slab_bytes;
-}
+constexpr int kStage = 128;
 
 template <class Q, class S>
 struct StageBytes {

@@ -3,9 +3,10 @@
 use super::activation::Activation;
 use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
-use super::memory::{DeviceBuffer, DevicePtr};
+use super::memory::DevicePtr;
 use super::module::Kernel;
-use super::pack::{Codes, Format, PackedExperts, PackedProjection};
+use super::pack::{Codes, Format, PackedExperts};
+use super::projection::{Matrix, Projection};
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 
@@ -19,19 +20,6 @@ const FIRST_DEPTH: usize = 2;
 const SECOND_DEPTH: usize = 3;
 /// More than any of the kernels has of static shared memory.
 const STATIC_SHARED: usize = 11 << 10;
-
-/// As `Matrix` in kernels/common/stream.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Matrix {
-    stages: u64,
-    factors: u64,
-    bias: u64,
-    slab_bytes: i32,
-    slabs: i32,
-    blocks: i32,
-    scale_bf16: i32,
-}
 
 /// As `DecodeParams` in kernels/decode.cu.
 #[repr(C)]
@@ -125,33 +113,6 @@ fn chunk(format: Format) -> (usize, usize) {
     (2 * stages, stages * (2 * format.codes.words() * 512 + 32 * format.scales.registers()))
 }
 
-/// A projection on the device: what `matrix` points into.
-struct Projection {
-    _stages: DeviceBuffer,
-    _factors: DeviceBuffer,
-    _bias: Option<DeviceBuffer>,
-    matrix: Matrix,
-}
-
-impl Projection {
-    fn new(stream: &Stream, p: &PackedProjection, format: Format) -> Result<Self, CudaError> {
-        let stages = DeviceBuffer::of(stream, &p.stages)?;
-        let factors = DeviceBuffer::of(stream, &p.factors)?;
-        let bias = p.bias.as_ref().map(|b| DeviceBuffer::of(stream, b)).transpose()?;
-        // The packer refuses slabs beyond 32 bits, and with them more slabs or blocks than that.
-        let matrix = Matrix {
-            stages: stages.address(),
-            factors: factors.address(),
-            bias: bias.as_ref().map_or(0, DeviceBuffer::address),
-            slab_bytes: p.slab_bytes as i32,
-            slabs: p.slabs as i32,
-            blocks: p.blocks as i32,
-            scale_bf16: i32::from(format.scale_bf16),
-        };
-        Ok(Self { _stages: stages, _factors: factors, _bias: bias, matrix })
-    }
-}
-
 /// A layer's experts, packed and on the device, with their kernels.
 pub struct Decode {
     first: Projection,
@@ -204,6 +165,11 @@ impl Decode {
             config: *config,
             middle: packed.middle,
         })
+    }
+
+    /// Where the packed projections lie, gate and up first; they stay there as long as `self`.
+    pub(super) fn matrices(&self) -> [Matrix; 2] {
+        [self.first.matrix, self.second.matrix]
     }
 
     /// Tokens that go through a pair of launches.

@@ -4,6 +4,7 @@ use super::call::{BatchedTensors, Tensors};
 use super::decode::Decode;
 use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
+use super::mma::{Mma, Tile};
 use super::pack::PackedExperts;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
@@ -15,6 +16,8 @@ use crate::weights::{ExpertWeights, MoeWeights};
 pub enum GpuWeights {
     /// For `cuda_decode`.
     Decode(PackedExperts),
+    /// For `cuda_mma`.
+    Mma(PackedExperts),
     /// For `cuda_emulation`, as read.
     Emulation(MoeWeights),
 }
@@ -23,7 +26,7 @@ impl GpuWeights {
     /// Bytes that one expert's use must read, as the checkpoint stores them.
     pub fn bytes_per_expert(&self) -> usize {
         match self {
-            GpuWeights::Decode(packed) => packed.bytes_per_expert,
+            GpuWeights::Decode(packed) | GpuWeights::Mma(packed) => packed.bytes_per_expert,
             GpuWeights::Emulation(weights) => weights.experts.first().map_or(0, ExpertWeights::bytes),
         }
     }
@@ -32,7 +35,27 @@ impl GpuWeights {
 /// What computes.
 enum Experts {
     Decode(Decode),
+    /// The grouped GEMM reads the packed experts that the kernels for few tokens own.
+    Mma(Mma, Decode, Families),
     Emulation(Emulation),
+}
+
+/// Which of `cuda_mma`'s kernels serve how many tokens: a plan that depends on nothing but a call's size, which an engine
+/// may replace by what it has measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Families {
+    /// Up to so many tokens (or slots of an expert, in the batched format) go to the kernels for few tokens, the others
+    /// to the grouped GEMM; 0 for the grouped GEMM always.
+    pub decode_up_to: usize,
+    /// The grouped GEMM's tile, instead of the one that suits a call's size.
+    pub tile: Option<Tile>,
+}
+
+impl Families {
+    /// What suits a layer. With batch invariance one family has to serve all sizes.
+    pub const fn of(config: &MoeConfig) -> Self {
+        Self { decode_up_to: if config.batch_invariant { 0 } else { 8 }, tile: None }
+    }
 }
 
 /// A layer that can't be put on the GPU.
@@ -75,7 +98,7 @@ impl CudaKernel {
             kernel::check_map(map, config)?;
         }
         let (experts, hidden, intermediate, gated) = match weights {
-            GpuWeights::Decode(p) => (p.experts, p.hidden, p.intermediate, p.gated),
+            GpuWeights::Decode(p) | GpuWeights::Mma(p) => (p.experts, p.hidden, p.intermediate, p.gated),
             GpuWeights::Emulation(w) => (w.experts.len(), w.hidden(), w.intermediate(), w.gated()),
         };
         let sizes = [
@@ -89,6 +112,12 @@ impl CudaKernel {
         }
         let experts = match weights {
             GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),
+            GpuWeights::Mma(packed) => {
+                let decode = Decode::new(stream, packed, config)?;
+                // The projections stay where they are as long as `decode`, which goes together with this.
+                let mma = Mma::new(stream, packed, decode.matrices(), config)?;
+                Experts::Mma(mma, decode, Families::of(config))
+            }
             GpuWeights::Emulation(weights) => Experts::Emulation(Emulation::new(stream, weights, config)?),
         };
         let map = map.map(|m| DeviceBuffer::of(stream, m)).transpose()?;
@@ -105,10 +134,39 @@ impl CudaKernel {
         self.bytes_per_expert
     }
 
+    /// Which kernels serve how many tokens, where there is a choice.
+    pub fn families(&self) -> Option<Families> {
+        match &self.experts {
+            Experts::Mma(.., families) => Some(*families),
+            Experts::Decode(_) | Experts::Emulation(_) => None,
+        }
+    }
+
+    /// Replaces that choice. Refused where there is none, and where a batch-invariant layer would change families with
+    /// the number of tokens.
+    pub fn set_families(&mut self, families: Families) -> Result<(), CudaError> {
+        match &mut self.experts {
+            Experts::Mma(..) if self.config.batch_invariant && families.decode_up_to > 0 => {
+                Err(CudaError::Argument("a batch-invariant layer must use the grouped GEMM for any number of tokens"))
+            }
+            Experts::Mma(mma, _, have) => {
+                mma.tile = families.tile;
+                *have = families;
+                Ok(())
+            }
+            _ => Err(CudaError::Argument("only cuda_mma has a choice of kernels")),
+        }
+    }
+
     /// Bytes of workspace that a call needs for up to `tokens` tokens, or slots of an expert in the batched format.
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         match &self.experts {
             Experts::Decode(experts) => experts.workspace_bytes(tokens),
+            Experts::Mma(mma, decode, families) => {
+                // For fewer tokens, too: those may go to the other family.
+                let few = decode.workspace_bytes(tokens.min(families.decode_up_to));
+                if tokens > families.decode_up_to { few.max(mma.workspace_bytes(tokens)) } else { few }
+            }
             Experts::Emulation(experts) => experts.workspace_bytes(tokens),
         }
     }
@@ -129,6 +187,8 @@ impl CudaKernel {
         unsafe {
             match &self.experts {
                 Experts::Decode(experts) => experts.forward(stream, t, tokens, map),
+                Experts::Mma(_, decode, f) if tokens <= f.decode_up_to => decode.forward(stream, t, tokens, map),
+                Experts::Mma(mma, ..) => mma.forward(stream, t, tokens, map),
                 Experts::Emulation(experts) => experts.forward(stream, t, tokens, map),
             }
         }
@@ -141,12 +201,17 @@ impl CudaKernel {
     /// # Safety
     /// As for [`forward`](Self::forward).
     pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
-        match &self.experts {
-            // SAFETY: the caller's promise.
-            Experts::Decode(experts) if self.config.format == ActivationFormat::Batched => unsafe {
-                experts.forward_batched(stream, t, max)
-            },
-            _ => Err(CudaError::Argument("this layer was made for the standard format: call forward")),
+        if self.config.format != ActivationFormat::Batched {
+            return Err(CudaError::Argument("this layer was made for the standard format: call forward"));
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.experts {
+                Experts::Decode(experts) => experts.forward_batched(stream, t, max),
+                Experts::Mma(_, decode, f) if max <= f.decode_up_to => decode.forward_batched(stream, t, max),
+                Experts::Mma(mma, ..) => mma.forward_batched(stream, t, max),
+                Experts::Emulation(_) => Err(CudaError::Argument("the emulation takes the standard format only")),
+            }
         }
     }
 }

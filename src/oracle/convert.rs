@@ -154,12 +154,14 @@ pub(super) fn convert(
             Ok(KernelWeights::Simd(SimdExperts::new(&weights, config.activation, *isa)?))
         }
         #[cfg(feature = "cuda")]
-        (ExpertsKind::Decode, Platform::Cuda(_)) => {
+        (ExpertsKind::Decode | ExpertsKind::Mma, Platform::Cuda(_)) => {
             use crate::cuda::{GpuWeights, pack::PackedExperts};
             if let Some(why) = NO_CUDA {
                 return Err(ConvertError::NotBuilt { name: kernel.name, why });
             }
-            Ok(KernelWeights::Gpu(GpuWeights::Decode(PackedExperts::new(&weights, config)?)))
+            let packed = PackedExperts::new(&weights, config)?;
+            let few_tokens_only = kernel.experts == ExpertsKind::Decode;
+            Ok(KernelWeights::Gpu(if few_tokens_only { GpuWeights::Decode(packed) } else { GpuWeights::Mma(packed) }))
         }
         #[cfg(feature = "cuda")]
         (ExpertsKind::Emulation, Platform::Cuda(_)) if NO_CUDA.is_none() => {

@@ -35,7 +35,7 @@ pub enum ExpertsKind {
     Reference,
     /// CUDA kernels for few tokens.
     Decode,
-    /// CUDA kernels on tensor cores, for many tokens.
+    /// CUDA kernels for any number of tokens: a grouped GEMM, and those for few tokens.
     Mma,
     /// CUDA kernels that compute from the definition over canonical weights; activations stay exact.
     Emulation,
@@ -318,8 +318,11 @@ pub const fn supports(
         if !config.hidden.is_multiple_of(8) {
             return Err(Unsupported::Shape("it needs a hidden size that is a multiple of 8"));
         }
-        if matches!(kernel.experts, ExpertsKind::Decode) && config.topk > 32 {
+        if matches!(kernel.experts, ExpertsKind::Decode | ExpertsKind::Mma) && config.topk > 32 {
             return Err(Unsupported::Shape("it needs a top-k of at most 32"));
+        }
+        if matches!(kernel.experts, ExpertsKind::Mma) && config.local_experts > 1024 {
+            return Err(Unsupported::Shape("it takes at most 1024 experts on a rank"));
         }
         if let (true, Some(why)) = (inputs.built_only, super::NO_CUDA) {
             return Err(Unsupported::NotBuilt(why));

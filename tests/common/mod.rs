@@ -4,6 +4,8 @@
 
 #[cfg(feature = "cuda")]
 pub mod gpu;
+#[cfg(feature = "cuda")]
+pub mod packed;
 pub mod reference;
 pub mod weights;
 

@@ -11,13 +11,14 @@ pub(super) type Rows<'a> = [Option<(&'a WeightMatrix, usize)>; SLAB];
 /// Writes a slab of so many blocks.
 pub(super) fn slab(format: Format, rows: &Rows<'_>, blocks: usize, out: &mut [u8]) {
     let stage_bytes = 2 * format.block_bytes() + format.scale_bytes();
+    let tops = rows.map(|row| row.map_or(0, |(m, row)| top(m, row)));
     for (stage, out) in out.chunks_mut(stage_bytes).enumerate() {
         let here = (blocks - 2 * stage).min(2);
         let (codes, scales) = out.split_at_mut(here * format.block_bytes());
         for (b, out) in codes.chunks_exact_mut(format.block_bytes()).enumerate() {
             block(format, rows, (2 * stage + b) * BLOCK, out);
         }
-        stage_scales(format, rows, stage, scales);
+        stage_scales(format, rows, &tops, stage, scales);
     }
 }
 
@@ -85,6 +86,16 @@ fn nibble(codes: Codes, i: usize, code: u16) -> u32 {
 fn raw(format: Format, row: Option<(&WeightMatrix, usize)>, column: usize) -> u16 {
     let zero = if format.codes == Codes::U4 { 8 } else { 0 };
     let Some((m, row)) = row.filter(|(m, _)| column < m.cols) else { return zero };
+    // A group whose scale is zero: kernels that sum in units of the scale need codes of zero.
+    if format.codes != Codes::Half && scaled_by_zero(m, row, column) {
+        return match &m.scales {
+            Scales::Group { size, zero_points: Some(z), .. } => {
+                let z = u16::from(z[row * (m.cols / size) + column / size]);
+                if m.elem == WeightElem::Quant(Elem::U8) { (z ^ 0x80) & 0xff } else { z }
+            }
+            _ => zero,
+        };
+    }
     let at = row * m.cols + column;
     let code16 = || u16::from_le_bytes([m.codes[2 * at], m.codes[2 * at + 1]]);
     match (format.codes, m.elem, format.compute) {
@@ -97,8 +108,23 @@ fn raw(format: Format, row: Option<(&WeightMatrix, usize)>, column: usize) -> u1
     }
 }
 
+fn scaled_by_zero(m: &WeightMatrix, row: usize, column: usize) -> bool {
+    match &m.scales {
+        Scales::Block { block, values } => values[row / block * m.cols.div_ceil(*block) + column / block] == 0.0,
+        Scales::Group { size, values, .. } => values[row * (m.cols / size) + column / size] == 0.0,
+        _ => false,
+    }
+}
+
+/// The largest e8m0 code of a row. Codes are stored so that it is 127, which stands for 1; the row's factor has the rest.
+pub(super) fn top(m: &WeightMatrix, row: usize) -> u8 {
+    let Scales::E8m0(codes) = &m.scales else { return 0 };
+    let groups = m.cols / 32;
+    codes[row * groups..][..groups].iter().copied().max().unwrap_or(127)
+}
+
 /// The scales of a stage: for each lane group g a word with those of rows g and g + 8.
-fn stage_scales(format: Format, rows: &Rows<'_>, stage: usize, out: &mut [u8]) {
+fn stage_scales(format: Format, rows: &Rows<'_>, tops: &[u8; SLAB], stage: usize, out: &mut [u8]) {
     let (groups, registers) = (format.scales.groups(), format.scales.registers());
     if groups == 0 {
         return;
@@ -107,10 +133,11 @@ fn stage_scales(format: Format, rows: &Rows<'_>, stage: usize, out: &mut [u8]) {
     for (g, word) in out.chunks_exact_mut(4 * registers).enumerate() {
         for half in 0..2 {
             let Some((m, row)) = rows[g + 8 * half] else { continue };
+            let top = tops[g + 8 * half];
             for i in 0..groups {
                 let column = 2 * BLOCK * stage + i * width;
                 if column < m.cols {
-                    put(format.scales, m, row, column, i, half, word);
+                    put(format.scales, m, (row, top), column, (i, half), word);
                 }
             }
         }
@@ -118,13 +145,25 @@ fn stage_scales(format: Format, rows: &Rows<'_>, stage: usize, out: &mut [u8]) {
 }
 
 /// One scale (and zero point) into the word: of the row's group at `column`, which is the stage's group `i`.
-fn put(scales: StageScales, m: &WeightMatrix, row: usize, column: usize, i: usize, half: usize, word: &mut [u8]) {
+/// `top` is the row's largest e8m0 code; `half` says which of the word's two rows it is.
+fn put(
+    scales: StageScales,
+    m: &WeightMatrix,
+    (row, top): (usize, u8),
+    column: usize,
+    (i, half): (usize, usize),
+    word: &mut [u8],
+) {
     match (&m.scales, scales) {
         (Scales::Block { block, values }, _) => {
             let s = values[row / block * m.cols.div_ceil(*block) + column / block];
             word[8 * i + 4 * half..][..4].copy_from_slice(&s.to_le_bytes());
         }
-        (Scales::E8m0(codes), _) => word[4 * half + i] = codes[row * (m.cols / 32) + column / 32],
+        (Scales::E8m0(codes), _) => {
+            // What lies more than 2^127 below the row's largest counts as that.
+            let code = i32::from(codes[row * (m.cols / 32) + column / 32]) - i32::from(top) + 127;
+            word[4 * half + i] = code.max(0) as u8;
+        }
         (Scales::Nvfp4 { codes, .. }, _) => word[8 * half + i] = codes[row * (m.cols / 16) + column / 16],
         (Scales::Group { size, ty, values, zero_points, .. }, StageScales::Half(_, zero)) => {
             let at = row * (m.cols / size) + column / size;

@@ -8,6 +8,7 @@ mod tests;
 pub use format::{Codes, Compute, Format, StageScales};
 
 use crate::config::MoeConfig;
+use crate::scheme::number;
 use crate::weights::{ExpertWeights, MoeWeights, Scales, WeightError, WeightMatrix};
 use rayon::prelude::*;
 
@@ -156,6 +157,7 @@ fn factor(m: &WeightMatrix, row: usize, format: Format) -> f32 {
         Scales::PerTensor(s) => *s,
         Scales::PerRow(s) => s[row],
         Scales::Nvfp4 { global, .. } => *global,
+        Scales::E8m0(_) => number::E8M0[usize::from(codes::top(m, row))],
         _ => 1.0,
     };
     scale * format.lift()

@@ -13,7 +13,7 @@ use crate::machine;
 use crate::presets::Preset;
 use anchors::Anchors;
 use layer::Layer;
-use moe_oracle::cuda::{CudaError, CudaVersion, GpuInfo, GpuLayerError, NOT_BUILT, Stream};
+use moe_oracle::cuda::{CudaError, CudaKernel, CudaVersion, Families, GpuInfo, GpuLayerError, NOT_BUILT, Stream, Tile};
 use moe_oracle::oracle::{KernelWeights, SelectInputs};
 
 impl From<CudaError> for Failure {
@@ -152,7 +152,7 @@ impl Bench<'_> {
         let KernelWeights::Gpu(packed) = packed else {
             return Err(Stop::Cell(format!("{} does not run on a GPU", kernel.name)));
         };
-        let layer = Layer::new(self.stream, &packed, &config, expert_bytes)?;
+        let layer = Layer::new(self.stream, &packed, &config, expert_bytes, |kernel| self.set_families(kernel))?;
         drop(packed);
         if layer.copies() > 1 {
             session.notes.push(format!(
@@ -178,6 +178,17 @@ impl Bench<'_> {
             session.step(1);
         }
         Ok(())
+    }
+
+    /// As the options ask.
+    fn set_families(&self, kernel: &mut CudaKernel) -> Result<(), CudaError> {
+        let tile = |t: &Tile| self.args.tile.as_ref().is_some_and(|name| *name == t.tokens().to_string());
+        let (tile, decode_up_to) = (Tile::ALL.into_iter().find(tile), self.args.decode_up_to);
+        if tile.is_none() && decode_up_to.is_none() {
+            return Ok(());
+        }
+        let have = kernel.families().unwrap_or(Families::of(kernel.config()));
+        kernel.set_families(Families { decode_up_to: decode_up_to.unwrap_or(have.decode_up_to), tile })
     }
 
     fn row(&self, served: &report::Served, bounds: &Bounds, t: layer::GpuTimed, copies: usize) -> Row {

@@ -88,14 +88,21 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 impl Layer {
-    /// Uploads the weights, several times where they are few. `expert_bytes` is what one expert's use must read.
-    pub fn new(stream: &Stream, weights: &GpuWeights, config: &MoeConfig, expert_bytes: usize) -> Result<Self, Stop> {
+    /// Uploads the weights, several times where they are few. `expert_bytes` is what one expert's use must read; `adjust`
+    /// is called for every copy.
+    pub fn new(
+        stream: &Stream,
+        weights: &GpuWeights,
+        config: &MoeConfig,
+        expert_bytes: usize,
+        adjust: impl Fn(&mut CudaKernel) -> Result<(), CudaError>,
+    ) -> Result<Self, Stop> {
         let cache = stream.gpu().info().l2;
-        let first = CudaKernel::new(stream, weights, config, None)?;
-        let more = 1..cold::copies(expert_bytes * config.local_experts, cache);
-        let mut copies = vec![first];
-        for _ in more {
-            copies.push(CudaKernel::new(stream, weights, config, None)?);
+        let mut copies = Vec::new();
+        for _ in 0..cold::copies(expert_bytes * config.local_experts, cache).max(1) {
+            let mut kernel = CudaKernel::new(stream, weights, config, None)?;
+            adjust(&mut kernel)?;
+            copies.push(kernel);
         }
         Ok(Self { copies, expert_bytes, cache })
     }

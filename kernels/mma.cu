@@ -1,0 +1,354 @@
+// Grouped GEMM for any number of tokens: weight rows are the tensor-core product's rows, gathered tokens its columns.
+//
+// kernels/permute.cu sorts the assignments (token, slot) by expert and lists tiles of at most kN of them. A block takes
+// eight slabs (128 rows) of an expert's matrix times one tile. Blocks of one matrix part stand next to each other, so that
+// its weights are read from memory once and for the other tiles from L2. Nothing is padded but in shared memory: the copies
+// gather the tiles' tokens by index. A column's sum runs over K in one order, whatever the tile: its bits do not depend
+// on what shares the batch.
+//
+// Shared memory: barriers, the tile's source rows, then a ring of stages (kBlocks blocks of K each): tokens, weights as
+// packed. Token rows are swizzled by 16-byte chunks so that a warp's reads touch every bank once.
+#include "common/activation.cuh"
+#include "common/dequant.cuh"
+#include "common/matrix.cuh"
+
+#define MOE_CASE(name, codes, scales)                  \
+    struct Format_##name {                             \
+        using Q = codes;                               \
+        static constexpr moe::Scale kScale = scales;   \
+    }
+
+namespace moe {
+
+using C = MOE_COMPUTE;
+MOE_CASE(half, Codes16<C>, Scale::kNone);
+MOE_CASE(fp8, CodesE4m3<C>, Scale::kNone);
+MOE_CASE(fp8_block, CodesE4m3<C>, Scale::kF32);
+MOE_CASE(mxfp8, CodesE4m3<C>, Scale::kE8m0);
+MOE_CASE(int8, CodesInt8<C>, Scale::kNone);
+MOE_CASE(int8_group, CodesInt8<C>, Scale::kHalf);
+MOE_CASE(mxfp4, CodesE2m1<C>, Scale::kE8m0);
+MOE_CASE(nvfp4, CodesE2m1<C>, Scale::kE4m3);
+MOE_CASE(int4, CodesU4<C>, Scale::kHalf);
+
+#define MOE_PASTE_(a, b) a##b
+#define MOE_PASTE(a, b) MOE_PASTE_(a, b)
+using Format = MOE_PASTE(Format_, MOE_FORMAT);
+using Q = Format::Q;
+using D = Dequant<C, Q, Format::kScale>;
+
+// Slabs of a block, its threads.
+constexpr int kSlabs = 8, kThreads = 128;
+// Floats of a token's results in shared memory, which take the ring's place: 128, and four to spread the banks.
+constexpr int kPitch = 16 * kSlabs + 4;
+// Blocks (64 columns) of a stage: two, as packed; one where codes are wide and nothing follows them.
+constexpr int kBlocks = Q::kWords == 4 ? 1 : 2;
+constexpr int kRowBytes = kBlocks * 128, kChunks = kRowBytes / 16;
+constexpr int kCodeBytes = Q::kWords * 512;
+// Before the ring: barriers, then source rows.
+constexpr int kMaxDepth = 8, kRowsAt = 8 * kMaxDepth;
+
+enum Kind : int {
+    kFirst,     // gate, up and activation; to the tile's place among the sorted assignments
+    kSecond,    // down; to the assignment's own place
+    kBatched,   // down; final, in place
+};
+
+struct GemmParams {
+    Matrix weights;
+    const C::T* x;          // rows of x_stride, of which `length` columns count
+    const int* rows;        // [assignments] sorted by expert, or null for the batched format: as they lie
+    const float* routing;   // of each assignment, to multiply sums of the first kind by; or null
+    const int4* tiles;      // {local expert or -1, first sorted assignment, how many, nth of its expert | of how many << 16}
+    C::T* out;              // rows of out_stride
+    int x_stride, length, out_stride;
+    int topk;               // x's row is the assignment's token; 0: x is sorted, too
+    int row_tiles;          // groups of eight slabs
+    int depth;              // stages of the ring
+    int kind;
+    ScaleLayout scales;
+    Activation activation;
+};
+// src/cuda/mma.rs has the same.
+static_assert(sizeof(GemmParams) == 144, "");
+
+// How the four warps share a block's 128 rows and kN columns.
+template <int kN>
+struct Shape {
+    static constexpr int kWarpColumns = kN == 128 ? 2 : 1;
+    static constexpr int kWarpSlabs = kSlabs * kWarpColumns / 4;
+    static constexpr int kTiles = kN / 8 / kWarpColumns;  // of eight tokens, per warp
+    static constexpr int kTokenBytes = kN * kRowBytes;
+    static constexpr int kRingAt = (kRowsAt + 4 * kN + 127) / 128 * 128;
+};
+
+// The chunk of a token's row that lies in the place of chunk 0.
+__device__ __forceinline__ int swizzle(int row) { return (row & 1) << 2 | (row & 2); }
+
+struct Task {
+    int expert, start, count, row_tile;
+};
+
+// The block's task; expert -1 for none.
+__device__ __forceinline__ Task task_of(const GemmParams& p) {
+    const int at = blockIdx.x / p.row_tiles;
+    int4 tile = __ldcg(p.tiles + at);
+    if (tile.x < 0) return {-1, 0, 0, 0};
+    const int nth = tile.w & 0xffff, of = tile.w >> 16, base = at - nth;
+    const int local = blockIdx.x - base * p.row_tiles, row_tile = local / of, wanted = local - row_tile * of;
+    if (wanted != nth) tile = __ldcg(p.tiles + base + wanted);
+    return {tile.x, tile.y, tile.z, row_tile};
+}
+
+extern __shared__ __align__(128) char shared_memory[];
+
+template <int kN>
+struct Gemm {
+    using S = Shape<kN>;
+    const GemmParams& p;
+    const Task task;
+    const uint32_t memory;
+    const int warp, lane;
+    const char* weights;   // the first slab's
+    int stage_bytes, place_bytes, first_slab;
+
+    __device__ __forceinline__ Gemm(const GemmParams& params, const Task& t, uint32_t shared)
+        : p(params), task(t), memory(shared), warp(threadIdx.x >> 5), lane(threadIdx.x & 31) {
+        stage_bytes = kBlocks * kCodeBytes + 8 * p.scales.stride;
+        place_bytes = S::kTokenBytes + kSlabs * stage_bytes;
+        first_slab = task.row_tile * kSlabs;
+        weights = p.weights.stages + (long long)task.expert * p.weights.slabs * p.weights.slab_bytes;
+    }
+
+    __device__ __forceinline__ uint32_t place(int n) const { return memory + S::kRingAt + n * place_bytes; }
+    __device__ __forceinline__ uint32_t barrier(int n) const { return memory + 8 * n; }
+    __device__ __forceinline__ int stages() const { return (p.weights.blocks + kBlocks - 1) / kBlocks; }
+
+    // A slab beyond the matrix is its last: what comes of it is not written.
+    __device__ __forceinline__ const char* slab(int n) const {
+        return weights + (long long)min(first_slab + n, p.weights.slabs - 1) * p.weights.slab_bytes;
+    }
+
+    // Sends for a stage.
+    __device__ __forceinline__ void fetch(int stage, int to) const {
+        const uint32_t tokens = place(to), codes = tokens + S::kTokenBytes, done = barrier(to);
+        const int bytes = min(stage_bytes, p.weights.slab_bytes - stage * stage_bytes);
+#if __CUDA_ARCH__ >= 900
+        if (warp == 0) {
+            if (lane == 0) barrier_expect(done, kSlabs * bytes);
+            __syncwarp();
+            if (lane < kSlabs) copy_bulk(codes + lane * stage_bytes, slab(lane) + stage * stage_bytes, bytes, done);
+        }
+#else
+        for (int s = warp; s < kSlabs; s += kThreads / 32) {
+            const char* from = slab(s) + stage * stage_bytes;
+            for (int i = lane * 16; i < bytes; i += 512) copy_16(codes + s * stage_bytes + i, from + i);
+        }
+#endif
+        const int chunk = threadIdx.x % kChunks, column = stage * kBlocks * kBlock + chunk * 8;
+        const int* rows = reinterpret_cast<const int*>(shared_memory + kRowsAt);
+#pragma unroll
+        for (int row = threadIdx.x / kChunks; row < kN; row += kThreads / kChunks) {
+            if (row < task.count) {
+                const C::T* from = p.x + (long long)rows[row] * p.x_stride;
+                const bool inside = column < p.length;
+                copy_16_or_zeros(tokens + row * kRowBytes + ((chunk ^ swizzle(row)) << 4), inside ? from + column : from,
+                                 inside ? 16 : 0);
+            }
+        }
+        arrive_after_copies(done);
+    }
+
+    // Tokens 8 n + g of the warp's columns, 32 columns of K: two steps' operands.
+    __device__ __forceinline__ void tokens_of(uint32_t tokens, int block, int half, uint32_t (&b)[S::kTiles][4]) const {
+        const int g = lane >> 2, t = lane & 3, first = warp % S::kWarpColumns * (8 * S::kTiles);
+        const uint32_t row = tokens + (first + g) * kRowBytes;
+#pragma unroll
+        for (int n = 0; n < S::kTiles; n++) {
+            const uint32_t at = row + n * (8 * kRowBytes);
+            if constexpr (D::kNarrow) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const int chunk = 8 * block + 4 * half + 2 * h + t / 2;
+                    const uint2 v = read_shared<uint2>(at + ((chunk ^ swizzle(g)) << 4) + t % 2 * 8);
+                    b[n][2 * h] = v.x, b[n][2 * h + 1] = v.y;
+                }
+            } else {
+                const uint4 v = read_shared<uint4>(at + (((8 * block + 4 * half + t) ^ swizzle(g)) << 4));
+                b[n][0] = v.x, b[n][1] = v.y, b[n][2] = v.z, b[n][3] = v.w;
+            }
+        }
+    }
+
+    // The codes' words of half a block; those of other steps keep what they hold.
+    static __device__ __forceinline__ void codes_of(uint32_t at, int half, uint4 (&w)[Q::kWords]) {
+        if constexpr (Q::kWords == 4) {
+            w[2 * half] = read_shared<uint4>(at + 1024 * half), w[2 * half + 1] = read_shared<uint4>(at + 1024 * half + 512);
+        } else if constexpr (Q::kWords == 2) {
+            w[half] = read_shared<uint4>(at + 512 * half);
+        } else {
+            const uint2 v = read_shared<uint2>(at + 8 * half);
+            if (half == 0) {
+                w[0].x = v.x, w[0].y = v.y;
+            } else {
+                w[0].z = v.x, w[0].w = v.y;
+            }
+        }
+    }
+
+    // One stage into the sums.
+    __device__ __forceinline__ void multiply(int stage, int from, D (&dequant)[S::kWarpSlabs],
+                                             float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
+        const uint32_t tokens = place(from);
+        const uint32_t slabs = tokens + S::kTokenBytes + warp / S::kWarpColumns * S::kWarpSlabs * stage_bytes;
+        const int blocks = p.weights.blocks - stage * kBlocks;
+        const uint32_t scales = min(blocks, kBlocks) * kCodeBytes + (lane >> 2) * p.scales.stride;
+#pragma unroll
+        for (int block = 0; block < kBlocks; block++) {
+            if (block > 0 && blocks <= block) break;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                uint32_t b[S::kTiles][4];
+                tokens_of(tokens, block, half, b);
+#pragma unroll
+                for (int s = 0; s < S::kWarpSlabs; s++) {
+                    const uint32_t slab = slabs + s * stage_bytes;
+                    uint4 w[Q::kWords];
+                    codes_of(slab + block * kCodeBytes + lane * 16, half, w);
+                    D& d = dequant[s];
+                    float move[2];
+                    if (d.enter(slab + scales, 2 * block + half, p.scales, stage == 0 && block == 0 && half == 0, move)) {
+#pragma unroll
+                        for (int n = 0; n < S::kTiles; n++) {
+                            acc[s][n][0] *= move[0], acc[s][n][1] *= move[0];
+                            acc[s][n][2] *= move[1], acc[s][n][3] *= move[1];
+                        }
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        uint32_t a[4];
+                        Q::step(w, 2 * half + h, a);
+                        d.enter_narrow(slab + scales, 4 * block + 2 * half + h);
+                        d.finish(a);
+#pragma unroll
+                        for (int n = 0; n < S::kTiles; n++) C::mma(acc[s][n], a, b[n][2 * h], b[n][2 * h + 1]);
+                    }
+                }
+            }
+        }
+    }
+
+    // The sums as projections, to shared memory: [tokens][kPitch], the block's 128 rows.
+    __device__ __forceinline__ void stage_sums(const D (&dequant)[S::kWarpSlabs],
+                                               const float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
+        const int g = lane >> 2, t = lane & 3, column = warp % S::kWarpColumns * (8 * S::kTiles) + 2 * t;
+        float* staged = reinterpret_cast<float*>(shared_memory + S::kRingAt) + column * kPitch + g;
+        float routing[S::kTiles][2];
+#pragma unroll
+        for (int n = 0; n < S::kTiles; n++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int c = column + 8 * n + i;
+                routing[n][i] = p.routing != nullptr && c < task.count ? p.routing[p.rows[task.start + c]] : 1.f;
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < S::kWarpSlabs; s++) {
+            const int slab = warp / S::kWarpColumns * S::kWarpSlabs + s;
+            if (first_slab + slab >= p.weights.slabs) break;
+            const long long at = ((long long)task.expert * p.weights.slabs + first_slab + slab) * 16 + g;
+#pragma unroll
+            for (int high = 0; high < 2; high++) {
+                const float factor = p.weights.factors[at + 8 * high] * D::kPost * dequant[s].unit[high];
+                const float bias = p.weights.bias != nullptr ? p.weights.bias[at + 8 * high] : 0.f;
+#pragma unroll
+                for (int n = 0; n < S::kTiles; n++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        staged[(8 * n + i) * kPitch + 16 * slab + 8 * high] =
+                            fmaf(acc[s][n][2 * high + i] * factor, routing[n][i], bias);
+                    }
+                }
+            }
+        }
+    }
+
+    // From there to the output, four results at a time.
+    __device__ __forceinline__ void write() const {
+        const bool pairs = p.kind == kFirst && gated(p.activation);
+        const int width = pairs ? 8 * kSlabs : 16 * kSlabs, fours = width / 4, first = task.row_tile * width;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < task.count * fours; i += kThreads) {
+            const int c = i / fours, at = i % fours * 4;
+            if (first + at >= p.out_stride) continue;
+            // A slab holds eight gates, then their ups.
+            const float* from = reinterpret_cast<float*>(shared_memory + S::kRingAt) + c * kPitch;
+            float4 v = *reinterpret_cast<const float4*>(from + (pairs ? at + at / 8 * 8 : at));
+            if (p.kind == kFirst) {
+                const float4 up = pairs ? *reinterpret_cast<const float4*>(from + at + at / 8 * 8 + 8) : v;
+                v.x = apply(p.activation, v.x, up.x), v.y = apply(p.activation, v.y, up.y);
+                v.z = apply(p.activation, v.z, up.z), v.w = apply(p.activation, v.w, up.w);
+            }
+            const bool final = p.kind == kBatched;
+            const auto round = [&](float x) { return final ? C::from_float(x) : C::between(x); };
+            const int row = p.kind == kSecond ? p.rows[task.start + c] : task.start + c;
+            C::T* to = p.out + (long long)row * p.out_stride + first + at;
+            __align__(8) const C::T result[4] = {round(v.x), round(v.y), round(v.z), round(v.w)};
+            *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(result);
+        }
+    }
+};
+
+template <int kN>
+__device__ __forceinline__ void gemm(const GemmParams& p) {
+    using S = Shape<kN>;
+    const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+    if (threadIdx.x == 0) {
+        // Everyone's token copies, and on Hopper the announcement of the weights.
+        constexpr int kArrivals = kThreads + (__CUDA_ARCH__ >= 900);
+        for (int i = 0; i < p.depth; i++) barrier_init(memory + 8 * i, kArrivals);
+#if __CUDA_ARCH__ >= 900
+        barrier_init_done();
+#endif
+    }
+    wait_for_previous_grid();
+    release_next_grid();
+    const Task task = task_of(p);
+    if (task.expert < 0) return;
+    int* rows = reinterpret_cast<int*>(shared_memory + kRowsAt);
+    for (int i = threadIdx.x; i < task.count; i += kThreads) {
+        const int at = task.start + i;
+        rows[i] = p.topk > 0 ? __ldcg(p.rows + at) / p.topk : at;
+    }
+    __syncthreads();
+
+    const Gemm<kN> gemm(p, task, memory);
+    const int stages = gemm.stages();
+    for (int i = 0; i < p.depth - 1 && i < stages; i++) gemm.fetch(i, i);
+    float acc[S::kWarpSlabs][S::kTiles][4] = {};
+    D dequant[S::kWarpSlabs];
+    // Warps whose columns are all empty only help to copy.
+    const bool works = static_cast<int>(threadIdx.x >> 5) % S::kWarpColumns * (8 * S::kTiles) < task.count;
+    int place = 0, round = 0;
+    for (int stage = 0; stage < stages; stage++) {
+        barrier_wait(memory + 8 * place, round & 1);
+        // All warps have left the place before.
+        __syncthreads();
+        const int ahead = stage + p.depth - 1;
+        if (ahead < stages) gemm.fetch(ahead, place == 0 ? p.depth - 1 : place - 1);
+        if (works) gemm.multiply(stage, place, dequant, acc);
+        if (++place == p.depth) place = 0, round++;
+    }
+    __syncthreads();
+    gemm.stage_sums(dequant, acc);
+    __syncthreads();
+    gemm.write();
+}
+
+}  // namespace moe
+
+// grid (row_tiles * tiles)
+extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::gemm<16>(p); }
+extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_32(const __grid_constant__ moe::GemmParams p) { moe::gemm<32>(p); }
+extern "C" __global__ void __launch_bounds__(128, 3) moe_mma_64(const __grid_constant__ moe::GemmParams p) { moe::gemm<64>(p); }
+extern "C" __global__ void __launch_bounds__(128, 2) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }

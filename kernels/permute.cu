@@ -1,0 +1,170 @@
+// What surrounds the grouped GEMM: the plan of tiles before it, the sum over a token's experts after it.
+//
+// The plan sorts assignments (token, slot) by local expert: a counting sort of one block, in whatever order within an
+// expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
+// experts, and fills the rest of the list, whose length the host knows only as a bound, with -1.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/compute.cuh"
+#include "common/ptx.cuh"
+
+namespace {
+
+constexpr int kThreads = 1024;
+// Local experts at most: one per thread.
+constexpr int kMaxExperts = kThreads;
+// Ids that a thread has under way.
+constexpr int kAhead = 8;
+
+struct PlanParams {
+    const int* ids;     // [assignments], global, -1 for none
+    const int* map;     // [experts] global to local, or null
+    const int* counts;  // batched format: [local experts]; ids are null then
+    int* rows;          // [assignments], written: sorted assignments
+    int4* tiles;        // [max_tiles], written; kernels/mma.cu says what they hold
+    int assignments, experts, local_experts;
+    int max_tokens;     // batched format: an expert's tokens lie this far apart
+    int tile, max_tiles;
+};
+// src/cuda/permute.rs has the same.
+static_assert(sizeof(PlanParams) == 64, "");
+
+__device__ __forceinline__ int local_expert(const PlanParams& p, int id) {
+    if (id < 0 || id >= p.experts) return -1;
+    const int local = p.map != nullptr ? p.map[id] : id;
+    return local < p.local_experts ? local : -1;
+}
+
+// Calls f(assignment, local expert) for the thread's assignments.
+template <class F>
+__device__ __forceinline__ void for_each(const PlanParams& p, F f) {
+    for (int base = threadIdx.x; base < p.assignments; base += kThreads * kAhead) {
+        int id[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int at = base + i * kThreads;
+            id[i] = at < p.assignments ? p.ids[at] : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int expert = local_expert(p, id[i]);
+            if (expert >= 0) f(base + i * kThreads, expert);
+        }
+    }
+}
+
+// The sum over threads before this one, of two numbers; `all` gets the whole sums.
+__device__ __forceinline__ int2 sum_before(int2 mine, int2& all) {
+    __shared__ int2 warps[32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int2 sum = mine;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const int x = __shfl_up_sync(~0u, sum.x, step), y = __shfl_up_sync(~0u, sum.y, step);
+        if (lane >= step) sum.x += x, sum.y += y;
+    }
+    if (lane == 31) warps[warp] = sum;
+    __syncthreads();
+    int2 before = make_int2(0, 0);
+    all = before;
+    for (int w = 0; w < kThreads / 32; w++) {
+        if (w == warp) before = all;
+        all.x += warps[w].x, all.y += warps[w].y;
+    }
+    return make_int2(before.x + sum.x - mine.x, before.y + sum.y - mine.y);
+}
+
+struct CombineParams {
+    const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
+    const int* ids;        // [tokens, topk]
+    const float* weights;  // [tokens, topk], or null: ones
+    const int* map;        // as above
+    void* output;          // [tokens, hidden], 16-bit
+    int topk, experts, local_experts, hidden;
+};
+static_assert(sizeof(CombineParams) == 56, "");
+
+constexpr int kCombineThreads = 256;
+constexpr int kMaxTopk = 32;
+
+// out = sum of weight * result over the token's slots, in their order.
+template <class C>
+__device__ __forceinline__ void combine(const CombineParams& p) {
+    __shared__ float weights[kMaxTopk];
+    __shared__ int slots[kMaxTopk];
+    __shared__ int count;
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
+    const int token = blockIdx.x, lane = threadIdx.x;
+    if (lane < 32) {
+        int local = -1;
+        if (lane < p.topk) {
+            const int id = p.ids[token * p.topk + lane];
+            local = id < 0 || id >= p.experts ? -1 : p.map != nullptr ? p.map[id] : id;
+            if (local >= p.local_experts) local = -1;
+        }
+        const unsigned here = __ballot_sync(~0u, local >= 0);
+        if (local >= 0) {
+            const int at = __popc(here & ((1u << lane) - 1));
+            slots[at] = token * p.topk + lane;
+            weights[at] = p.weights != nullptr ? p.weights[token * p.topk + lane] : 1.f;
+        }
+        if (lane == 0) count = __popc(here);
+    }
+    __syncthreads();
+    const int n = count, eights = p.hidden / 8;
+    const uint4* results = static_cast<const uint4*>(p.results);
+    for (int i = blockIdx.y * kCombineThreads + threadIdx.x; i < eights; i += gridDim.y * kCombineThreads) {
+        float sum[8] = {};
+#pragma unroll 4
+        for (int j = 0; j < n; j++) {
+            const uint4 v = __ldcg(results + (long long)slots[j] * eights + i);
+            const typename C::T* x = reinterpret_cast<const typename C::T*>(&v);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum[e] = fmaf(weights[j], C::to_float(x[e]), sum[e]);
+        }
+        __align__(16) typename C::T y[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[e] = C::from_float(sum[e]);
+        static_cast<uint4*>(p.output)[(long long)token * eights + i] = *reinterpret_cast<const uint4*>(y);
+    }
+}
+
+}  // namespace
+
+// grid (1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_constant__ PlanParams p) {
+    __shared__ int places[kMaxExperts];
+    const int t = threadIdx.x;
+    places[t] = 0;
+    __syncthreads();
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
+    if (p.counts == nullptr) for_each(p, [&](int, int expert) { atomicAdd(&places[expert], 1); });
+    __syncthreads();
+    int count = places[t];
+    if (p.counts != nullptr) count = t < p.local_experts ? max(0, min(p.counts[t], p.max_tokens)) : 0;
+    const int tiles = (count + p.tile - 1) / p.tile;
+    int2 all;
+    const int2 before = sum_before(make_int2(count, tiles), all);
+    const int start = p.counts != nullptr ? t * p.max_tokens : before.x;
+    places[t] = before.x;
+    for (int i = 0; i < tiles; i++) {
+        const int first = i * p.tile;
+        p.tiles[before.y + i] = make_int4(t, start + first, min(count - first, p.tile), i | tiles << 16);
+    }
+    for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
+    __syncthreads();
+    if (p.counts == nullptr) for_each(p, [&](int at, int expert) { p.rows[atomicAdd(&places[expert], 1)] = at; });
+}
+
+// grid (tokens, parts of a row)
+extern "C" __global__ void __launch_bounds__(kCombineThreads) moe_combine_bf16(const __grid_constant__ CombineParams p) {
+    combine<moe::Bf16>(p);
+}
+extern "C" __global__ void __launch_bounds__(kCombineThreads) moe_combine_f16(const __grid_constant__ CombineParams p) {
+    combine<moe::F16>(p);
+}

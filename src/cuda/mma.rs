@@ -1,0 +1,438 @@
+//! The grouped GEMM for any number of tokens: sort by expert, gate and up with the activation, down, sum over a token's
+//! experts (kernels/permute.cu, kernels/mma.cu).
+
+use super::activation::Activation;
+use super::call::{BatchedTensors, Tensors};
+use super::launch::{Arg, Launch};
+use super::memory::DevicePtr;
+use super::module::Kernel;
+use super::pack::{Codes, Format, PackedExperts};
+use super::permute::{Permute, Source, Sum, TILE_BYTES, max_tiles};
+use super::projection::Matrix;
+use super::{CudaError, Stream};
+use crate::config::{ActivationFormat, MoeConfig};
+
+/// Slabs of a block, and its threads; kernels/mma.cu has the same, and what follows.
+const SLABS: usize = 8;
+const THREADS: u32 = 128;
+const MAX_DEPTH: usize = 8;
+/// Floats of a token's results in shared memory.
+const PITCH: usize = 16 * SLABS + 4;
+/// (token, slot) pairs that go through one pass.
+const MAX_ASSIGNMENTS: usize = 1 << 18;
+/// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
+const RESERVED: usize = 1 << 10;
+
+/// How many tokens of one expert a block of the grouped GEMM takes at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tile {
+    /// 16
+    T16,
+    /// 32
+    T32,
+    /// 64
+    T64,
+    /// 128
+    T128,
+}
+
+impl Tile {
+    /// Smallest first.
+    pub const ALL: [Tile; 4] = [Tile::T16, Tile::T32, Tile::T64, Tile::T128];
+
+    /// Tokens.
+    pub const fn tokens(self) -> usize {
+        16 << self as usize
+    }
+
+    const fn entry(self) -> &'static str {
+        ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
+    }
+
+    /// Blocks that a multiprocessor's registers hold.
+    const fn resident(self) -> usize {
+        [4, 4, 3, 2][self as usize]
+    }
+
+    /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
+    /// weights are read and unpacked once.
+    fn of(assignments: usize, experts: usize) -> Self {
+        let mean = assignments as f64 / experts as f64;
+        // One standard deviation more than the mean.
+        let most = mean + mean.sqrt();
+        Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).unwrap_or(Tile::T128)
+    }
+}
+
+/// As `ScaleLayout` in kernels/common/dequant.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct ScaleLayout {
+    groups: i32,
+    stride: i32,
+    zero: i32,
+    bf16: i32,
+}
+
+/// As `GemmParams` in kernels/mma.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct GemmParams {
+    weights: Matrix,
+    x: u64,
+    rows: u64,
+    routing: u64,
+    tiles: u64,
+    out: u64,
+    x_stride: i32,
+    length: i32,
+    out_stride: i32,
+    topk: i32,
+    row_tiles: i32,
+    depth: i32,
+    kind: i32,
+    scales: ScaleLayout,
+    activation: Activation,
+    _pad: i32,
+}
+
+// The kernels assert the same.
+const _: () = assert!(size_of::<GemmParams>() == 144);
+
+/// `Kind` in kernels/mma.cu.
+const FIRST: i32 = 0;
+const SECOND: i32 = 1;
+const BATCHED: i32 = 2;
+
+/// A block's ring in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ring {
+    depth: usize,
+    shared: usize,
+}
+
+impl Ring {
+    /// The deepest ring with which as many blocks as the registers allow fit a multiprocessor, or fewer blocks where not
+    /// even two stages do. `shared` bytes are what a block may have.
+    fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
+        let blocks = blocks(format);
+        let place = tile.tokens() * blocks * 128 + SLABS * (blocks * format.block_bytes() + format.scale_bytes());
+        let before = (8 * MAX_DEPTH + 4 * tile.tokens()).next_multiple_of(128);
+        let results = 4 * PITCH * tile.tokens();
+        (1..=tile.resident()).rev().find_map(|resident| {
+            let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
+            let depth = (each.checked_sub(before)? / place).min(MAX_DEPTH);
+            let shared = before + (depth * place).max(results);
+            (depth >= 2 && shared <= each).then_some(Ring { depth, shared })
+        })
+    }
+}
+
+/// Blocks of 64 columns that a stage has.
+fn blocks(format: Format) -> usize {
+    if format.codes == Codes::Half { 1 } else { 2 }
+}
+
+/// What a call works on: device addresses.
+#[derive(Clone, Copy)]
+struct Call {
+    hidden: u64,
+    middle: u64,
+    tiles: u64,
+    rows: u64,
+    routing: u64,
+    out: u64,
+    topk: i32,
+    last: i32,
+}
+
+/// A layer's kernels. The packed projections belong to another: see [`new`](Mma::new).
+pub(super) struct Mma {
+    /// By tile, as far as a block's shared memory allows.
+    kernels: [Option<(Kernel, Ring)>; 4],
+    permute: Permute,
+    matrices: [Matrix; 2],
+    scales: ScaleLayout,
+    config: MoeConfig,
+    middle: usize,
+    /// Instead of the one that suits a call's size.
+    pub tile: Option<Tile>,
+}
+
+impl Mma {
+    /// Loads the kernels. `matrices` are the packed experts' projections on the device, gate and up first, and must stay
+    /// there as long as this is used.
+    pub fn new(
+        stream: &Stream,
+        packed: &PackedExperts,
+        matrices: [Matrix; 2],
+        config: &MoeConfig,
+    ) -> Result<Self, CudaError> {
+        let gpu = stream.gpu();
+        let format = packed.format;
+        let fatbin = format.mma_fatbin().ok_or(CudaError::NoKernel("mma"))?;
+        let mut kernels = [const { None }; 4];
+        for (place, tile) in kernels.iter_mut().zip(Tile::ALL) {
+            if let Some(ring) = Ring::new(format, tile, gpu.info().shared_per_block) {
+                let kernel = gpu.kernel(fatbin, tile.entry())?;
+                kernel.allow_shared(ring.shared)?;
+                *place = Some((kernel, ring));
+            }
+        }
+        if kernels[0].is_none() {
+            return Err(CudaError::Argument("this GPU has too little shared memory for cuda_mma"));
+        }
+        Ok(Self {
+            kernels,
+            permute: Permute::new(gpu, config)?,
+            matrices,
+            scales: ScaleLayout {
+                groups: format.scales.groups() as i32,
+                stride: 4 * format.scales.registers() as i32,
+                zero: i32::from(format.scales.zeros()),
+                bf16: i32::from(format.scale_bf16),
+            },
+            config: *config,
+            middle: packed.middle,
+            tile: None,
+        })
+    }
+
+    /// Tokens that go through one pass.
+    fn group(&self) -> usize {
+        MAX_ASSIGNMENTS / self.config.topk
+    }
+
+    /// Bytes of workspace for up to `tokens` tokens, or slots of an expert in the batched format.
+    pub fn workspace_bytes(&self, tokens: usize) -> usize {
+        Parts::new(self, tokens).map_or(usize::MAX, |p| p.all)
+    }
+
+    /// The kernel for so many assignments: of the wanted tile, or the largest below it that this GPU runs.
+    fn kernel(&self, assignments: usize, experts: usize) -> Result<(Tile, &Kernel, Ring), CudaError> {
+        let wanted = self.tile.unwrap_or_else(|| Tile::of(assignments, experts));
+        let fitting = Tile::ALL.into_iter().zip(&self.kernels).rev().filter(|(t, _)| *t <= wanted);
+        let found = fitting.into_iter().find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
+        found.ok_or(CudaError::NoKernel("mma"))
+    }
+
+    /// Runs the layer; does not wait.
+    ///
+    /// # Safety
+    /// As for [`CudaKernel::forward`](super::CudaKernel::forward); the map has an entry per expert.
+    pub unsafe fn forward(
+        &self,
+        stream: &Stream,
+        t: &Tensors<'_>,
+        tokens: usize,
+        map: Option<DevicePtr<'_, i32>>,
+    ) -> Result<(), CudaError> {
+        let c = &self.config;
+        t.check(c, tokens, self.workspace_bytes(tokens))?;
+        let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
+        for start in (0..tokens).step_by(self.group()) {
+            let n = (tokens - start).min(self.group());
+            let assignments = n * c.topk;
+            let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
+            let (ids, weights) = (at(t.topk_ids.address(), c.topk, 4), at(t.topk_weights.address(), c.topk, 4));
+            let workspace = t.workspace.address();
+            let call = Call {
+                hidden: at(t.hidden.address(), c.hidden, 2),
+                middle: workspace + parts.middle as u64,
+                tiles: workspace,
+                rows: workspace + parts.rows as u64,
+                routing: if c.weight_on_input { weights } else { 0 },
+                out: workspace + parts.results as u64,
+                topk: c.topk as i32,
+                last: SECOND,
+            };
+            let map = map.map_or(0, |m| m.address());
+            let source = Source::Ids { ids, map, rows: call.rows, assignments };
+            let sum = Sum { results: call.out, ids, weights, map, output: at(t.output.address(), c.hidden, 2) };
+            // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
+            // packed experts stay (`new`); the rest is the caller's promise.
+            unsafe {
+                self.gemms(stream, source, call, assignments, c.experts)?;
+                self.permute.combine(stream, sum, n)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the layer in the batched format, `max` slots to an expert; does not wait.
+    ///
+    /// # Safety
+    /// As for [`forward`](Self::forward).
+    pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
+        let c = &self.config;
+        t.check(c, max, self.workspace_bytes(max))?;
+        let parts = Parts::new(self, max).ok_or(TOO_LARGE)?;
+        let call = Call {
+            hidden: t.hidden.address(),
+            middle: t.workspace.address() + parts.middle as u64,
+            tiles: t.workspace.address(),
+            rows: 0,
+            routing: 0,
+            out: t.output.address(),
+            topk: 0,
+            last: BATCHED,
+        };
+        let source = Source::Counts { counts: t.counts.address(), max };
+        // SAFETY: as above.
+        unsafe { self.gemms(stream, source, call, max * c.local_experts, c.local_experts) }
+    }
+
+    /// The plan and both projections.
+    ///
+    /// # Safety
+    /// The call's addresses must be device memory as the kernels want them for so many assignments.
+    unsafe fn gemms(
+        &self,
+        stream: &Stream,
+        source: Source,
+        call: Call,
+        assignments: usize,
+        experts: usize,
+    ) -> Result<(), CudaError> {
+        let c = &self.config;
+        let (tile, kernel, ring) = self.kernel(assignments, experts)?;
+        let tiles = max_tiles(assignments, c.local_experts, tile.tokens());
+        // SAFETY: the list of tiles has room for the smallest tile's, which are the most; the rest is the caller's promise.
+        unsafe { self.permute.plan(stream, source, call.tiles, tile.tokens(), tiles)? };
+        let [first, second] = self.matrices;
+        let common = GemmParams {
+            rows: call.rows,
+            tiles: call.tiles,
+            depth: ring.depth as i32,
+            scales: self.scales,
+            activation: Activation::of(c.activation),
+            ..bytemuck::Zeroable::zeroed()
+        };
+        let first = GemmParams {
+            weights: first,
+            x: call.hidden,
+            routing: call.routing,
+            out: call.middle,
+            x_stride: c.hidden as i32,
+            length: c.hidden as i32,
+            out_stride: self.middle as i32,
+            topk: call.topk,
+            kind: FIRST,
+            ..common
+        };
+        let second = GemmParams {
+            weights: second,
+            x: call.middle,
+            out: call.out,
+            x_stride: self.middle as i32,
+            length: self.middle as i32,
+            out_stride: c.hidden as i32,
+            kind: call.last,
+            ..common
+        };
+        for params in [first, second] {
+            let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS);
+            let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
+            let params = GemmParams { row_tiles: row_tiles as i32, ..params };
+            let launch = Launch::new(blocks as u32, THREADS).shared(ring.shared as u32).overlap(true);
+            // SAFETY: the kernel's only parameter; the rest is the caller's promise.
+            unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)])? };
+        }
+        Ok(())
+    }
+}
+
+const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the GPU's 32-bit counts: split the batch");
+
+/// Where the parts of a workspace lie, in bytes; the list of tiles comes first.
+struct Parts {
+    rows: usize,
+    middle: usize,
+    results: usize,
+    all: usize,
+}
+
+impl Parts {
+    /// For `tokens` tokens, or slots of an expert; `None` where the kernels' 32-bit counts do not reach.
+    fn new(mma: &Mma, tokens: usize) -> Option<Self> {
+        let c = &mma.config;
+        let batched = c.format == ActivationFormat::Batched;
+        let assignments = match batched {
+            // An expert's tiles are counted in 15 bits.
+            true if tokens > 16 << 15 => return None,
+            true => tokens.checked_mul(c.local_experts).filter(|n| *n <= i32::MAX as usize)?,
+            false => tokens.min(mma.group()) * c.topk,
+        };
+        let rows = max_tiles(assignments, c.local_experts, Tile::T16.tokens()) * TILE_BYTES;
+        let middle = rows + if batched { 0 } else { (assignments * 4).next_multiple_of(16) };
+        let results = middle + assignments.checked_mul(mma.middle * 2)?.next_multiple_of(16);
+        let all = if batched { results } else { results + assignments.checked_mul(c.hidden * 2)? };
+        Some(Self { rows, middle, results, all })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pack::{Compute, StageScales};
+    use super::*;
+
+    const H200: usize = 227 << 10;
+    const ADA: usize = 99 << 10;
+
+    fn format(codes: Codes, scales: StageScales) -> Format {
+        Format { codes, scales, compute: Compute::Bf16, scale_bf16: false }
+    }
+
+    #[test]
+    fn the_kernels_have_the_same_numbers() {
+        let source = include_str!("../../kernels/mma.cu");
+        for text in [
+            "kSlabs = 8, kThreads = 128;",
+            "kPitch = 16 * kSlabs + 4;",
+            "kMaxDepth = 8,",
+            "kBlocks = Q::kWords == 4 ? 1 : 2;",
+        ] {
+            assert!(source.contains(text), "{text}");
+        }
+        for tile in Tile::ALL {
+            let bounds = format!("__launch_bounds__({THREADS}, {}) {}(", tile.resident(), tile.entry());
+            assert!(source.contains(&bounds), "{bounds}");
+            assert!(source.contains(&format!("moe::gemm<{}>(p)", tile.tokens())), "{tile:?}");
+        }
+    }
+
+    #[test]
+    fn every_ring_fits_and_keeps_two_stages() {
+        for f in [
+            format(Codes::Half, StageScales::None),
+            format(Codes::E4m3, StageScales::F32(4)),
+            format(Codes::E4m3, StageScales::E8m0),
+            format(Codes::E2m1, StageScales::E4m3),
+            format(Codes::U4, StageScales::Half(4, true)),
+        ] {
+            for tile in Tile::ALL {
+                let ring = Ring::new(f, tile, H200).unwrap();
+                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * PITCH * tile.tokens());
+                assert!(tile.resident() * (ring.shared + RESERVED) <= H200 + RESERVED, "{f:?} {tile:?} {ring:?}");
+            }
+            // The smallest tile fits everywhere, so that every layer has a kernel.
+            assert!(Ring::new(f, Tile::T16, ADA).is_some_and(|r| r.shared <= ADA));
+        }
+    }
+
+    #[test]
+    fn tiles_grow_with_the_tokens_of_an_expert() {
+        for (tokens, experts, topk, want) in [
+            (9, 128, 8, Tile::T16),
+            (64, 128, 8, Tile::T16),
+            (256, 128, 8, Tile::T32),
+            (4096, 128, 8, Tile::T128),
+            (64, 8, 2, Tile::T32),
+            (1, 1, 1, Tile::T16),
+        ] {
+            assert_eq!(Tile::of(tokens * topk, experts), want, "{tokens} {experts}");
+        }
+        let tiles: Vec<Tile> = (0..20_000).map(|t| Tile::of(t, 64)).collect();
+        assert!(tiles.is_sorted());
+    }
+}

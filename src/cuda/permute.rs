@@ -1,0 +1,178 @@
+//! What surrounds a grouped GEMM: the plan of its tiles, and the sum over a token's experts (kernels/permute.cu).
+
+use super::launch::{Arg, Launch};
+use super::module::Kernel;
+use super::{CudaError, Gpu, Stream};
+use crate::config::{InputType, MoeConfig};
+
+/// Local experts at most: one per thread of the plan's block.
+pub(super) const MAX_EXPERTS: usize = 1024;
+/// Slots of a token at most.
+pub(super) const MAX_TOPK: usize = 32;
+/// Bytes of an entry of the list of tiles.
+pub(super) const TILE_BYTES: usize = 16;
+/// Threads of the plan's only block, and of a block of the sum.
+const PLAN_THREADS: u32 = 1024;
+const COMBINE_THREADS: usize = 256;
+
+/// As `PlanParams` in kernels/permute.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct PlanParams {
+    ids: u64,
+    map: u64,
+    counts: u64,
+    rows: u64,
+    tiles: u64,
+    assignments: i32,
+    experts: i32,
+    local_experts: i32,
+    max_tokens: i32,
+    tile: i32,
+    max_tiles: i32,
+}
+
+/// As `CombineParams` in kernels/permute.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct CombineParams {
+    results: u64,
+    ids: u64,
+    weights: u64,
+    map: u64,
+    output: u64,
+    topk: i32,
+    experts: i32,
+    local_experts: i32,
+    hidden: i32,
+}
+
+// The kernels assert the same.
+const _: () = assert!(size_of::<PlanParams>() == 64 && size_of::<CombineParams>() == 56);
+
+/// The most tiles of at most `tile` assignments that so many assignments to so many experts make.
+pub(super) fn max_tiles(assignments: usize, experts: usize, tile: usize) -> usize {
+    // Every expert leaves at most one tile unfilled.
+    assignments / tile + experts.min(assignments)
+}
+
+/// What is sorted: ids of a call, or the counts of the batched format.
+#[derive(Clone, Copy)]
+pub(super) enum Source {
+    /// `[assignments]` global ids; the map or 0; where the sorted assignments go.
+    Ids { ids: u64, map: u64, rows: u64, assignments: usize },
+    /// `[local experts]` token counts of at most `max`.
+    Counts { counts: u64, max: usize },
+}
+
+/// Both kernels.
+pub(super) struct Permute {
+    plan: Kernel,
+    combine: Kernel,
+    config: MoeConfig,
+}
+
+/// Addresses of a sum's operands.
+#[derive(Clone, Copy)]
+pub(super) struct Sum {
+    /// `[tokens * topk, hidden]`, 16-bit
+    pub results: u64,
+    /// `[tokens, topk]`
+    pub ids: u64,
+    /// `[tokens, topk]`
+    pub weights: u64,
+    /// `[experts]` or 0
+    pub map: u64,
+    /// `[tokens, hidden]`, 16-bit, written
+    pub output: u64,
+}
+
+impl Permute {
+    pub fn new(gpu: &Gpu, config: &MoeConfig) -> Result<Self, CudaError> {
+        if config.local_experts > MAX_EXPERTS || config.topk > MAX_TOPK {
+            return Err(CudaError::Argument("cuda_mma takes at most 1024 local experts and a top-k of at most 32"));
+        }
+        let combine = if config.input == InputType::F16 { "moe_combine_f16" } else { "moe_combine_bf16" };
+        Ok(Self { plan: gpu.kernel("permute", "moe_plan")?, combine: gpu.kernel("permute", combine)?, config: *config })
+    }
+
+    /// Writes `max_tiles` tiles of at most `tile` assignments, and the sorted assignments.
+    ///
+    /// # Safety
+    /// The addresses must be device memory of the sizes that [`Source`] names, `tiles` of `max_tiles` entries, and as
+    /// [`Launch::run`] wants them. `max_tiles` must be no less than [`max_tiles`] says, and all counts fit 32 bits.
+    pub unsafe fn plan(
+        &self,
+        stream: &Stream,
+        source: Source,
+        tiles: u64,
+        tile: usize,
+        max_tiles: usize,
+    ) -> Result<(), CudaError> {
+        let c = &self.config;
+        let common = PlanParams {
+            tiles,
+            experts: c.experts as i32,
+            local_experts: c.local_experts as i32,
+            tile: tile as i32,
+            max_tiles: max_tiles as i32,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        let params = match source {
+            Source::Ids { ids, map, rows, assignments } => {
+                PlanParams { ids, map, rows, assignments: assignments as i32, ..common }
+            }
+            Source::Counts { counts, max } => PlanParams { counts, max_tokens: max as i32, ..common },
+        };
+        // SAFETY: the kernel's only parameter; the rest is the caller's promise.
+        unsafe { Launch::new(1, PLAN_THREADS).overlap(true).run(stream, &self.plan, &mut [Arg::new(&params)]) }
+    }
+
+    /// Sums the slots' results of so many tokens.
+    ///
+    /// # Safety
+    /// The addresses must be device memory of the sizes that [`Sum`] names, aligned to 16 bytes where 16-bit, and as
+    /// [`Launch::run`] wants them.
+    pub unsafe fn combine(&self, stream: &Stream, sum: Sum, tokens: usize) -> Result<(), CudaError> {
+        let c = &self.config;
+        let params = CombineParams {
+            results: sum.results,
+            ids: sum.ids,
+            // Already multiplied in.
+            weights: if c.weight_on_input { 0 } else { sum.weights },
+            map: sum.map,
+            output: sum.output,
+            topk: c.topk as i32,
+            experts: c.experts as i32,
+            local_experts: c.local_experts as i32,
+            hidden: c.hidden as i32,
+        };
+        let parts = (c.hidden / 8).div_ceil(COMBINE_THREADS).max(1);
+        let launch = Launch { grid: [tokens as u32, parts as u32, 1], ..Launch::new(1, COMBINE_THREADS as u32) };
+        // SAFETY: the parameter of either entry; the rest is the caller's promise.
+        unsafe { launch.overlap(true).run(stream, &self.combine, &mut [Arg::new(&params)]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_kernels_have_the_same_numbers() {
+        let source = include_str!("../../kernels/permute.cu");
+        for text in ["kThreads = 1024;", "kMaxExperts = kThreads;", "kCombineThreads = 256;", "kMaxTopk = 32;"] {
+            assert!(source.contains(text), "{text}");
+        }
+        assert_eq!((PLAN_THREADS as usize, COMBINE_THREADS, MAX_TOPK), (MAX_EXPERTS, 256, 32));
+    }
+
+    proptest! {
+        #[test]
+        fn the_list_of_tiles_is_long_enough(counts in prop::collection::vec(0usize..300, 1..40), tile in 1usize..130) {
+            let tiles: usize = counts.iter().map(|c| c.div_ceil(tile)).sum();
+            prop_assert!(tiles <= max_tiles(counts.iter().sum(), counts.len(), tile));
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! `cuda_mma` against the float64 reference, on the GPU of this machine: the grouped GEMM with every tile, and the choice
+//! between it and the kernels for few tokens.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::packed::{as_stored, check, oracle};
+use common::reference::Reference;
+use common::*;
+use moe_oracle::config::*;
+use moe_oracle::cuda::{CudaKernel, Families, Stream, Tile};
+use moe_oracle::oracle::{ExpertsKind, ORACLES};
+
+const KIND: ExpertsKind = ExpertsKind::Mma;
+
+fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
+    MoeConfig::new(e, k, h, i)
+}
+
+/// The grouped GEMM whatever the number of tokens, with a tile or the one that suits.
+fn gemm(stream: &Stream, layer: &Layer, tile: Option<Tile>, map: Option<&[i32]>) -> CudaKernel {
+    let mut kernel = gpu::kernel(stream, layer, KIND, map);
+    kernel.set_families(Families { decode_up_to: 0, tile }).unwrap();
+    kernel
+}
+
+#[test]
+fn every_oracle_is_near_float64() {
+    let Some(stream) = gpu::stream() else { return };
+    for (n, oracle) in ORACLES.iter().enumerate() {
+        for (m, (h, i)) in [(2880, 32), (64, 1408), (704, 96), (96, 352), (192, 192)].into_iter().enumerate() {
+            for input in [InputType::Bf16, InputType::F16] {
+                let mut rng = Rng((n * 100 + m) as u64);
+                let bias = (n + m) % 3 == 0;
+                let activation = if m % 2 == 0 { Activation::SILU } else { Activation::Relu2NoMul };
+                let c = MoeConfig { input, bias, activation, ..config(4, 2, h, i) };
+                let layer = weights::layer(&mut rng, oracle, c);
+                let tile = Tile::ALL[(n + m) % 4];
+                check(&stream, &gemm(&stream, &layer, Some(tile), None), &layer, &mut rng, 37, Skew::Uniform);
+                check(&stream, &gemm(&stream, &layer, None, None), &layer, &mut rng, 9, Skew::Uniform);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_activation_with_biases() {
+    let Some(stream) = gpu::stream() else { return };
+    let situ = Activation::Situ { beta: 2.0, linear_beta: Some(1.5) };
+    let more = [Activation::Silu { limit: Some(1.5) }, Activation::SwigluStep { limit: 1.25 }, situ];
+    for (n, activation) in Activation::ALL.into_iter().chain(more).enumerate() {
+        for alias in ["Bf16", "Mxfp4W4A16", "Int4Asym"] {
+            let mut rng = Rng(1000 + n as u64);
+            let c = MoeConfig { activation, bias: true, ..config(5, 3, 96, 192) };
+            let layer = weights::layer(&mut rng, oracle(alias), c);
+            check(&stream, &gemm(&stream, &layer, None, None), &layer, &mut rng, 19, Skew::Zipf);
+        }
+    }
+}
+
+#[test]
+fn every_skew_and_number_of_tokens() {
+    let Some(stream) = gpu::stream() else { return };
+    for (e, k) in [(512, 10), (16, 8), (1, 1), (40, 32)] {
+        for alias in ["Bf16", "Nvfp4W4A16", "Fp8Block", "Int8ChannelWeightOnly"] {
+            for (weight_on_input, skew) in
+                [(false, Skew::Uniform), (true, Skew::Same), (false, Skew::Zipf), (true, Skew::Holes)]
+            {
+                let mut rng = Rng(3000);
+                let c = MoeConfig { weight_on_input, ..config(e, k, 96, 32) };
+                let layer = weights::layer(&mut rng, oracle(alias), c);
+                let kernel = gemm(&stream, &layer, None, None);
+                for tokens in [0, 1, 2, 9, 33, 130, 700] {
+                    check(&stream, &kernel, &layer, &mut rng, tokens, skew);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_tile_gives_the_same_bits() {
+    let Some(stream) = gpu::stream() else { return };
+    for (n, oracle) in ORACLES.iter().enumerate() {
+        let c = MoeConfig { bias: n % 2 == 0, ..config(6, 3, 352, 416) };
+        let layer = weights::layer(&mut Rng(7000 + n as u64), oracle, c);
+        let of = |tile| check(&stream, &gemm(&stream, &layer, tile, None), &layer, &mut Rng(7100), 150, Skew::Zipf);
+        let want = of(None);
+        for tile in Tile::ALL {
+            assert_eq!(of(Some(tile)), want, "{}, {tile:?}", oracle.alias);
+        }
+    }
+}
+
+#[test]
+fn with_batch_invariance_a_token_is_alone() {
+    let Some(stream) = gpu::stream() else { return };
+    for (n, oracle) in ORACLES.iter().enumerate() {
+        let mut rng = Rng(4000 + n as u64);
+        let c = MoeConfig { batch_invariant: true, ..config(6, 3, 192, 96) };
+        let layer = weights::layer(&mut rng, oracle, c);
+        let mut kernel = gpu::kernel(&stream, &layer, KIND, None);
+        let why = kernel.set_families(Families { decode_up_to: 1, tile: None }).unwrap_err();
+        assert!(why.to_string().contains("batch-invariant"), "{why}");
+        let x = hidden(&mut rng, 75, &layer.config);
+        let (ids, weights) = route(&mut rng, 75, &layer.config, Skew::Zipf);
+        let all = gpu::forward(&stream, &kernel, &x, &ids, &weights);
+        for t in [0, 1, 13, 40, 74] {
+            let (row, slots) = (t * 192..(t + 1) * 192, t * 3..(t + 1) * 3);
+            let alone = gpu::forward(&stream, &kernel, &x[row.clone()], &ids[slots.clone()], &weights[slots]);
+            assert_eq!(all[row], alone, "{}, token {t}", oracle.alias);
+        }
+    }
+}
+
+#[test]
+fn few_tokens_go_to_the_kernels_for_few_tokens() {
+    let Some(stream) = gpu::stream() else { return };
+    let layer = weights::layer(&mut Rng(8000), oracle("Fp8Block"), config(8, 2, 256, 384));
+    let (both, few) =
+        (gpu::kernel(&stream, &layer, KIND, None), gpu::kernel(&stream, &layer, ExpertsKind::Decode, None));
+    let gemm = gemm(&stream, &layer, None, None);
+    assert_eq!(both.families(), Some(Families { decode_up_to: 8, tile: None }));
+    assert_eq!(few.families(), None);
+    for (tokens, want) in [(1, &few), (8, &few), (9, &gemm)] {
+        let bits = |kernel| check(&stream, kernel, &layer, &mut Rng(8100), tokens, Skew::Uniform);
+        assert_eq!(bits(&both), bits(want), "{tokens} tokens");
+    }
+    // A workspace for many tokens serves fewer.
+    let sizes: Vec<usize> = (0..64).map(|t| both.workspace_bytes(t)).collect();
+    assert!(sizes.is_sorted(), "{sizes:?}");
+}
+
+#[test]
+fn a_token_may_name_an_expert_twice() {
+    let Some(stream) = gpu::stream() else { return };
+    let mut rng = Rng(3500);
+    let layer = weights::layer(&mut rng, oracle("Bf16"), config(4, 3, 64, 64));
+    let kernel = gemm(&stream, &layer, None, None);
+    for (tokens, ids) in [(1, vec![2, 2, 1]), (3, vec![2, 2, 1, 1, 2, 2, 2, 2, 2])] {
+        let x = hidden(&mut rng, tokens, &layer.config);
+        let weights: Vec<f32> = ids.iter().map(|_| rng.range(0.1, 1.0)).collect();
+        let want = Reference::new(&layer, None).forward(&x, &ids, &weights, None);
+        let error = relative_error(&gpu::forward(&stream, &kernel, &x, &ids, &weights), &want);
+        assert!(error < 4e-3, "{ids:?}: {error:e}");
+    }
+}
+
+#[test]
+fn expert_parallel_ranks_add_up() {
+    let Some(stream) = gpu::stream() else { return };
+    for alias in ["Bf16", "Fp8Block", "Int4"] {
+        let mut rng = Rng(5000);
+        let whole = weights::layer(&mut rng, oracle(alias), config(10, 4, 96, 96));
+        let x = hidden(&mut rng, 21, &whole.config);
+        let (ids, weights) = route(&mut rng, 21, &whole.config, Skew::Uniform);
+        let want = Reference::new(&whole, None).forward(&x, &ids, &weights, None);
+        let mut sum = vec![0f32; x.len()];
+        for rank in 0..3 {
+            let mine: Vec<usize> = (0..10).filter(|e| e % 3 == rank).collect();
+            let map: Vec<i32> = (0..10).map(|e| mine.iter().position(|m| *m == e).map_or(-1, |l| l as i32)).collect();
+            let parallel = Parallel { ep: 3, ..Parallel::SINGLE };
+            let config = MoeConfig { local_experts: mine.len(), parallel, ..whole.config };
+            let mut part = whole.weights.clone();
+            part.experts = mine.iter().map(|e| whole.weights.experts[*e].clone()).collect();
+            let layer = Layer { oracle: whole.oracle, config, weights: part };
+            let y = gpu::forward(&stream, &gemm(&stream, &layer, None, Some(&map)), &x, &ids, &weights);
+            sum.iter_mut().zip(y).for_each(|(s, y)| *s += y);
+        }
+        let error = relative_error(&sum, &want);
+        assert!(error < 6e-3, "{alias}: {error:e}");
+    }
+}
+
+#[test]
+fn a_poisoned_token_leaves_its_neighbours_alone() {
+    let Some(stream) = gpu::stream() else { return };
+    let mut rng = Rng(6000);
+    let layer = weights::layer(&mut rng, oracle("Mxfp4W4A16"), config(4, 2, 96, 96));
+    let kernel = gemm(&stream, &layer, None, None);
+    let (tokens, h) = (5, 96);
+    let mut x = hidden(&mut rng, tokens, &layer.config);
+    let (ids, weights) = route(&mut rng, tokens, &layer.config, Skew::Same);
+    let want = Reference::new(&layer, None).forward(&x, &ids, &weights, None);
+    x[2 * h + 7] = f32::INFINITY;
+    let call = gpu::Call::new(&stream, &kernel, &x, &ids, &weights);
+    call.launch(&stream, &kernel);
+    let y = gpu::values(layer.config.input, &call.output_bits(&stream));
+    assert!(y[2 * h..3 * h].iter().any(|v| !v.is_finite()), "an infinity was swallowed");
+    for t in [0, 1, 3, 4] {
+        let error = relative_error(&y[t * h..(t + 1) * h], &want[t * h..(t + 1) * h]);
+        assert!(error < 6e-3, "token {t}: {error:e}");
+    }
+}
+
+#[test]
+fn the_batched_format_gives_what_the_standard_one_gives() {
+    let Some(stream) = gpu::stream() else { return };
+    for alias in ["Bf16", "Fp8Block", "Mxfp4W4A16", "Int4G32Asym", "Nvfp4W4A16", "Int8Channel"] {
+        let mut rng = Rng(6000);
+        let layer = weights::layer(&mut rng, oracle(alias), MoeConfig { bias: true, ..config(5, 1, 96, 192) });
+        let batched = MoeConfig { format: ActivationFormat::Batched, ..layer.config };
+        let batched = Layer { oracle: layer.oracle, config: batched, weights: layer.weights.clone() };
+        let (max, counts) = (150, [3, 0, 150, 1, 40]);
+        let x = hidden(&mut rng, 5 * max, &layer.config);
+        for tile in [None, Some(Tile::T16)] {
+            let y = gpu::forward_batched(&stream, &gemm(&stream, &batched, tile, None), &x, &counts, max);
+            let stored = as_stored(&layer);
+            let mut reference = Reference::new(&stored, None);
+            for (row, y) in y.chunks(96).enumerate() {
+                let (expert, slot) = (row / max, row % max);
+                if slot < counts[expert] as usize {
+                    let want = reference.forward(&x[row * 96..][..96], &[expert as i32], &[1.0], None);
+                    let error = relative_error(y, &want);
+                    assert!(error < 6e-3, "{alias}, expert {expert}, slot {slot}: {error:e}");
+                } else {
+                    assert!(y.iter().all(|v| v.is_nan()), "{alias}: wrote an empty slot");
+                }
+            }
+        }
+    }
+}
