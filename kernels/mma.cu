@@ -1,13 +1,13 @@
 // Grouped GEMM for any number of tokens: weight rows are the tensor-core product's rows, gathered tokens its columns.
 //
 // kernels/permute.cu sorts the assignments (token, slot) by expert and lists tiles of at most kN of them. A block takes
-// eight slabs (128 rows) of an expert's matrix times one tile. Blocks of one matrix part stand next to each other, so that
+// eight or sixteen slabs (of 16 rows) of an expert's matrix times one tile. Blocks of one matrix part stand next to each other, so that
 // its weights are read from memory once and for the other tiles from L2. Nothing is padded but in shared memory: the copies
 // gather the tiles' tokens by index. A column's sum runs over K in one order, whatever the tile: its bits do not depend
 // on what shares the batch.
 //
-// Shared memory: barriers, the tile's source rows, then a ring of stages (kBlocks blocks of K each): tokens, weights as
-// packed. Token rows are swizzled by 16-byte chunks so that a warp's reads touch every bank once.
+// Shared memory: barriers, then a ring of stages (kBlocks blocks of K each): tokens, weights as packed. Token rows are
+// swizzled by 16-byte chunks so that a warp's reads touch every bank once.
 #include "common/activation.cuh"
 #include "common/dequant.cuh"
 #include "common/matrix.cuh"
@@ -37,16 +37,12 @@ using Format = MOE_PASTE(Format_, MOE_FORMAT);
 using Q = Format::Q;
 using D = Dequant<C, Q, Format::kScale>;
 
-// Slabs of a block, its threads.
-constexpr int kSlabs = 8, kThreads = 128;
-// Floats of a token's results in shared memory, which take the ring's place: 128, and four to spread the banks.
-constexpr int kPitch = 16 * kSlabs + 4;
 // Blocks (64 columns) of a stage: two, as packed; one where codes are wide and nothing follows them.
 constexpr int kBlocks = Q::kWords == 4 ? 1 : 2;
 constexpr int kRowBytes = kBlocks * 128, kChunks = kRowBytes / 16;
 constexpr int kCodeBytes = Q::kWords * 512;
-// Before the ring: barriers, then source rows.
-constexpr int kMaxDepth = 8, kRowsAt = 8 * kMaxDepth;
+// Before the ring: barriers, then places of the tile's tokens.
+constexpr int kMaxDepth = 8, kTokensAt = 8 * kMaxDepth;
 
 enum Kind : int {
     kFirst,     // gate, up and activation; to the tile's place among the sorted assignments
@@ -63,7 +59,7 @@ struct GemmParams {
     C::T* out;              // rows of out_stride
     int x_stride, length, out_stride;
     int topk;               // x's row is the assignment's token; 0: x is sorted, too
-    int row_tiles;          // groups of eight slabs
+    int row_tiles;          // blocks that share the matrix's slabs
     int depth;              // stages of the ring
     int kind;
     ScaleLayout scales;
@@ -72,14 +68,21 @@ struct GemmParams {
 // src/cuda/mma.rs has the same.
 static_assert(sizeof(GemmParams) == 144, "");
 
-// How the four warps share a block's 128 rows and kN columns.
+// How a block's warps share its rows and kN columns.
 template <int kN>
 struct Shape {
+    // Many tokens are worth larger blocks: every weight and token is read by fewer of them.
+    static constexpr int kWarps = kN == 128 ? 8 : 4, kThreads = 32 * kWarps;
+    static constexpr int kSlabs = 2 * kWarps;  // of 16 rows
     static constexpr int kWarpColumns = kN == 128 ? 2 : 1;
-    static constexpr int kWarpSlabs = kSlabs * kWarpColumns / 4;
+    static constexpr int kWarpSlabs = kSlabs * kWarpColumns / kWarps;
     static constexpr int kTiles = kN / 8 / kWarpColumns;  // of eight tokens, per warp
     static constexpr int kTokenBytes = kN * kRowBytes;
-    static constexpr int kRingAt = (kRowsAt + 4 * kN + 127) / 128 * 128;
+    static constexpr int kRingAt = (kTokensAt + 4 * kN + 127) / 128 * 128;
+    // Token rows that the threads copy 16 bytes each of at a time.
+    static constexpr int kRows = kThreads / kChunks;
+    // Floats of a token's results in shared memory, which take the ring's place; four more to spread the banks.
+    static constexpr int kPitch = 16 * kSlabs + 4;
 };
 
 // The chunk of a token's row that lies in the place of chunk 0.
@@ -109,52 +112,63 @@ struct Gemm {
     const Task task;
     const uint32_t memory;
     const int warp, lane;
-    const char* weights;   // the first slab's
     int stage_bytes, place_bytes, first_slab;
+    // What this thread copies of a stage: a chunk of every kRows-th token, the first to `to_token`.
+    const char* tokens;
+    uint32_t to_token;
+    // What this warp copies: two slabs.
+    const char* slabs[2];
 
     __device__ __forceinline__ Gemm(const GemmParams& params, const Task& t, uint32_t shared)
-        : p(params), task(t), memory(shared), warp(threadIdx.x >> 5), lane(threadIdx.x & 31) {
+        : p(params), task(t), memory(shared), warp(uniform(threadIdx.x >> 5)), lane(threadIdx.x & 31) {
         stage_bytes = kBlocks * kCodeBytes + 8 * p.scales.stride;
-        place_bytes = S::kTokenBytes + kSlabs * stage_bytes;
-        first_slab = task.row_tile * kSlabs;
-        weights = p.weights.stages + (long long)task.expert * p.weights.slabs * p.weights.slab_bytes;
+        place_bytes = S::kTokenBytes + S::kSlabs * stage_bytes;
+        first_slab = task.row_tile * S::kSlabs;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            // A slab beyond the matrix is its last: what comes of it is not written.
+            slabs[i] = slab_of(p.weights, task.expert, min(first_slab + 2 * warp + i, p.weights.slabs - 1));
+        }
+        const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
+        to_token = first * kRowBytes + ((chunk ^ swizzle(first)) << 4);
+        tokens = reinterpret_cast<const char*>(p.topk > 0 ? p.x : p.x + (long long)task.start * p.x_stride) + 16 * chunk;
+        // Where a token's row begins, in 16 bytes.
+        uint32_t* rows = reinterpret_cast<uint32_t*>(shared_memory + kTokensAt);
+        for (int i = threadIdx.x; i < task.count; i += S::kThreads) {
+            const uint32_t row = p.topk > 0 ? __ldcg(p.rows + task.start + i) / p.topk : i;
+            rows[i] = row * (p.x_stride / 8);
+        }
     }
 
     __device__ __forceinline__ uint32_t place(int n) const { return memory + S::kRingAt + n * place_bytes; }
     __device__ __forceinline__ uint32_t barrier(int n) const { return memory + 8 * n; }
     __device__ __forceinline__ int stages() const { return (p.weights.blocks + kBlocks - 1) / kBlocks; }
 
-    // A slab beyond the matrix is its last: what comes of it is not written.
-    __device__ __forceinline__ const char* slab(int n) const {
-        return weights + (long long)min(first_slab + n, p.weights.slabs - 1) * p.weights.slab_bytes;
-    }
-
     // Sends for a stage.
     __device__ __forceinline__ void fetch(int stage, int to) const {
-        const uint32_t tokens = place(to), codes = tokens + S::kTokenBytes, done = barrier(to);
-        const int bytes = min(stage_bytes, p.weights.slab_bytes - stage * stage_bytes);
+        const uint32_t at = place(to), done = barrier(to), codes = at + S::kTokenBytes + 2 * warp * stage_bytes;
+        const int offset = stage * stage_bytes, bytes = min(stage_bytes, p.weights.slab_bytes - offset);
 #if __CUDA_ARCH__ >= 900
-        if (warp == 0) {
-            if (lane == 0) barrier_expect(done, kSlabs * bytes);
-            __syncwarp();
-            if (lane < kSlabs) copy_bulk(codes + lane * stage_bytes, slab(lane) + stage * stage_bytes, bytes, done);
+        if (lane == 0) {
+            barrier_expect(done, 2 * bytes);
+            copy_bulk(codes, slabs[0] + offset, bytes, done);
+            copy_bulk(codes + stage_bytes, slabs[1] + offset, bytes, done);
         }
 #else
-        for (int s = warp; s < kSlabs; s += kThreads / 32) {
-            const char* from = slab(s) + stage * stage_bytes;
-            for (int i = lane * 16; i < bytes; i += 512) copy_16(codes + s * stage_bytes + i, from + i);
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            for (int i = lane * 16; i < bytes; i += 512) copy_16(codes + s * stage_bytes + i, slabs[s] + offset + i);
         }
 #endif
-        const int chunk = threadIdx.x % kChunks, column = stage * kBlocks * kBlock + chunk * 8;
-        const int* rows = reinterpret_cast<const int*>(shared_memory + kRowsAt);
+        // Columns beyond the row become zeros.
+        const int size = stage * kBlocks * kBlock + threadIdx.x % kChunks * 8 < p.length ? 16 : 0;
+        const char* from = tokens + (long long)stage * kRowBytes;
+        const uint32_t* rows = reinterpret_cast<const uint32_t*>(shared_memory + kTokensAt);
 #pragma unroll
-        for (int row = threadIdx.x / kChunks; row < kN; row += kThreads / kChunks) {
-            if (row < task.count) {
-                const C::T* from = p.x + (long long)rows[row] * p.x_stride;
-                const bool inside = column < p.length;
-                copy_16_or_zeros(tokens + row * kRowBytes + ((chunk ^ swizzle(row)) << 4), inside ? from + column : from,
-                                 inside ? 16 : 0);
-            }
+        for (int i = 0; i < kN; i += S::kRows) {
+            const int row = static_cast<int>(threadIdx.x) / kChunks + i;
+            if (row >= task.count) break;
+            copy_16_or_zeros(at + to_token + i * kRowBytes, from + 16ull * rows[row], size);
         }
         arrive_after_copies(done);
     }
@@ -217,7 +231,7 @@ struct Gemm {
                     codes_of(slab + block * kCodeBytes + lane * 16, half, w);
                     D& d = dequant[s];
                     float move[2];
-                    if (d.enter(slab + scales, 2 * block + half, p.scales, stage == 0 && block == 0 && half == 0, move)) {
+                    if (d.enter(slab + scales, 2 * block + half, p.scales, move)) {
 #pragma unroll
                         for (int n = 0; n < S::kTiles; n++) {
                             acc[s][n][0] *= move[0], acc[s][n][1] *= move[0];
@@ -242,7 +256,7 @@ struct Gemm {
     __device__ __forceinline__ void stage_sums(const D (&dequant)[S::kWarpSlabs],
                                                const float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
         const int g = lane >> 2, t = lane & 3, column = warp % S::kWarpColumns * (8 * S::kTiles) + 2 * t;
-        float* staged = reinterpret_cast<float*>(shared_memory + S::kRingAt) + column * kPitch + g;
+        float* staged = reinterpret_cast<float*>(shared_memory + S::kRingAt) + column * S::kPitch + g;
         float routing[S::kTiles][2];
 #pragma unroll
         for (int n = 0; n < S::kTiles; n++) {
@@ -265,7 +279,7 @@ struct Gemm {
                 for (int n = 0; n < S::kTiles; n++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        staged[(8 * n + i) * kPitch + 16 * slab + 8 * high] =
+                        staged[(8 * n + i) * S::kPitch + 16 * slab + 8 * high] =
                             fmaf(acc[s][n][2 * high + i] * factor, routing[n][i], bias);
                     }
                 }
@@ -276,13 +290,13 @@ struct Gemm {
     // From there to the output, four results at a time.
     __device__ __forceinline__ void write() const {
         const bool pairs = p.kind == kFirst && gated(p.activation);
-        const int width = pairs ? 8 * kSlabs : 16 * kSlabs, fours = width / 4, first = task.row_tile * width;
+        const int width = pairs ? 8 * S::kSlabs : 16 * S::kSlabs, fours = width / 4, first = task.row_tile * width;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < task.count * fours; i += kThreads) {
+        for (int i = threadIdx.x; i < task.count * fours; i += S::kThreads) {
             const int c = i / fours, at = i % fours * 4;
             if (first + at >= p.out_stride) continue;
             // A slab holds eight gates, then their ups.
-            const float* from = reinterpret_cast<float*>(shared_memory + S::kRingAt) + c * kPitch;
+            const float* from = reinterpret_cast<float*>(shared_memory + S::kRingAt) + c * S::kPitch;
             float4 v = *reinterpret_cast<const float4*>(from + (pairs ? at + at / 8 * 8 : at));
             if (p.kind == kFirst) {
                 const float4 up = pairs ? *reinterpret_cast<const float4*>(from + at + at / 8 * 8 + 8) : v;
@@ -304,31 +318,28 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     using S = Shape<kN>;
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     if (threadIdx.x == 0) {
-        // Everyone's token copies, and on Hopper the announcement of the weights.
-        constexpr int kArrivals = kThreads + (__CUDA_ARCH__ >= 900);
+        // Everyone's token copies, and on Hopper each warp's announcement of weights.
+        constexpr int kArrivals = S::kThreads + (__CUDA_ARCH__ >= 900 ? S::kWarps : 0);
         for (int i = 0; i < p.depth; i++) barrier_init(memory + 8 * i, kArrivals);
 #if __CUDA_ARCH__ >= 900
         barrier_init_done();
 #endif
     }
+    __syncthreads();
     wait_for_previous_grid();
     release_next_grid();
     const Task task = task_of(p);
     if (task.expert < 0) return;
-    int* rows = reinterpret_cast<int*>(shared_memory + kRowsAt);
-    for (int i = threadIdx.x; i < task.count; i += kThreads) {
-        const int at = task.start + i;
-        rows[i] = p.topk > 0 ? __ldcg(p.rows + at) / p.topk : at;
-    }
-    __syncthreads();
-
     const Gemm<kN> gemm(p, task, memory);
+    __syncthreads();
     const int stages = gemm.stages();
     for (int i = 0; i < p.depth - 1 && i < stages; i++) gemm.fetch(i, i);
     float acc[S::kWarpSlabs][S::kTiles][4] = {};
     D dequant[S::kWarpSlabs];
+#pragma unroll
+    for (int s = 0; s < S::kWarpSlabs; s++) dequant[s].begin();
     // Warps whose columns are all empty only help to copy.
-    const bool works = static_cast<int>(threadIdx.x >> 5) % S::kWarpColumns * (8 * S::kTiles) < task.count;
+    const bool works = gemm.warp % S::kWarpColumns * (8 * S::kTiles) < task.count;
     int place = 0, round = 0;
     for (int stage = 0; stage < stages; stage++) {
         barrier_wait(memory + 8 * place, round & 1);
@@ -348,7 +359,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
 }  // namespace moe
 
 // grid (row_tiles * tiles)
-extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::gemm<16>(p); }
+extern "C" __global__ void __launch_bounds__(128, 5) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::gemm<16>(p); }
 extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_32(const __grid_constant__ moe::GemmParams p) { moe::gemm<32>(p); }
 extern "C" __global__ void __launch_bounds__(128, 3) moe_mma_64(const __grid_constant__ moe::GemmParams p) { moe::gemm<64>(p); }
-extern "C" __global__ void __launch_bounds__(128, 2) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }

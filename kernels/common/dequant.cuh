@@ -2,7 +2,8 @@
 //
 // What the 16-bit type holds exactly is multiplied into the operand: powers of two (e8m0) and e4m3 scales on e2m1 codes.
 // Other scales (float32, 16-bit) stay with the accumulators: a row's sum is kept in units of the running group's scale and
-// moved to the next group's unit by one product. The packer sees to it that a row's scales lie within 2^60 of one another.
+// moved to the next group's unit by one product. The packer sees to it that a row's scales are
+// normal numbers within 2^60 of one another.
 #pragma once
 #include "format.cuh"
 #include "ptx.cuh"
@@ -43,35 +44,42 @@ struct Dequant {
 
     // Of a slab: rows g and g + 8.
     float unit[2] = {1.f, 1.f};
-    uint32_t factor[2];
+    // What finish() takes off or multiplies by.
+    uint32_t factor[2] = {};
 
-    // Enters the scales of the stage's 32 columns `quarter`, whose lane group's word is at `at`. `fresh`: the sums are
-    // still nothing. Returns whether the sums must be multiplied by `move`.
-    __device__ __forceinline__ bool enter(uint32_t at, int quarter, const ScaleLayout& s, bool fresh, float (&move)[2]) {
+    // Before the first stage.
+    __device__ __forceinline__ void begin() {
+        // What u4 codes without zero points are too large by, and the operands' offset.
+        if constexpr (kZeros) factor[0] = factor[1] = twice((kInt4 ? 8.f : 0.f) + Q::kOffset);
+    }
+
+    // Enters the scales of the stage's 32 columns `quarter`, whose lane group's word is at `at`. Returns whether the sums
+    // must be multiplied by `move`.
+    __device__ __forceinline__ bool enter(uint32_t at, int quarter, const ScaleLayout& s, float (&move)[2]) {
         if constexpr (kUnits) {
-            const int group = quarter * s.groups >> 2;
-            if constexpr (kZeros) {
-                // What u4 codes without zero points are too large by; the operands' offset comes on top.
-                float zeros[2] = {kInt4 ? 8.f : 0.f, kInt4 ? 8.f : 0.f};
-                if (s.zero) two_halves(read_shared<uint32_t>(at + 8 * group + 4), false, zeros);
-                factor[0] = twice(zeros[0] + Q::kOffset), factor[1] = twice(zeros[1] + Q::kOffset);
-            }
-            if ((quarter * s.groups & 3) != 0) return false;
+            if (quarter > 0 && (quarter * s.groups & 3) != 0) return false;
+            const int group = quarter > 0 ? quarter * s.groups >> 2 : 0;
             float now[2];
             if constexpr (kScale == Scale::kF32) {
                 const uint2 v = read_shared<uint2>(at + 8 * group);
                 now[0] = __uint_as_float(v.x), now[1] = __uint_as_float(v.y);
+            } else if (s.zero) {
+                const uint2 v = read_shared<uint2>(at + 8 * group);
+                two_halves(v.x, s.bf16, now);
+                float zeros[2];
+                two_halves(v.y, false, zeros);
+                factor[0] = twice(zeros[0] + Q::kOffset), factor[1] = twice(zeros[1] + Q::kOffset);
             } else {
-                two_halves(read_shared<uint32_t>(at + (s.zero ? 8 : 4) * group), s.bf16, now);
+                two_halves(read_shared<uint32_t>(at + 4 * group), s.bf16, now);
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 // Padding has no scale.
                 if (now[i] == 0.f) now[i] = unit[i];
-                move[i] = __fdividef(unit[i], now[i]);
+                move[i] = unit[i] * reciprocal(now[i]);
                 unit[i] = now[i];
             }
-            return !fresh;
+            return true;
         } else if constexpr (kScale == Scale::kE8m0) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -117,6 +125,13 @@ struct Dequant {
                 a[i] = C::mul(a[i], 0x7b807b80u);  // 2^120
             }
         }
+    }
+
+    // Of a normal number.
+    static __device__ __forceinline__ float reciprocal(float x) {
+        float r;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+        return r;
     }
 
     static __device__ __forceinline__ uint32_t twice(float x) {

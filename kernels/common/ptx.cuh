@@ -4,6 +4,9 @@
 
 namespace moe {
 
+// What is the same in all lanes, said so that the compiler knows.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // Waits until the grid that this one depends on has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900

@@ -19,9 +19,6 @@ struct StageBytes {
     static constexpr int kAll = 2 * kCodes + kScales;
 };
 
-// What is the same in all lanes, said so that the compiler knows.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
 // A block's part of the other operand: x[2 s], x[2 s + 1] for step s.
 struct Operand {
     uint32_t x[8];

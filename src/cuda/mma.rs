@@ -12,12 +12,8 @@ use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 
-/// Slabs of a block, and its threads; kernels/mma.cu has the same, and what follows.
-const SLABS: usize = 8;
-const THREADS: u32 = 128;
+/// Stages of a ring at most; kernels/mma.cu has the same.
 const MAX_DEPTH: usize = 8;
-/// Floats of a token's results in shared memory.
-const PITCH: usize = 16 * SLABS + 4;
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -49,9 +45,24 @@ impl Tile {
         ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
     }
 
+    /// Warps of a block; kernels/mma.cu has the same, and what follows.
+    const fn warps(self) -> usize {
+        [4, 4, 4, 8][self as usize]
+    }
+
+    /// Slabs of a block.
+    const fn slabs(self) -> usize {
+        2 * self.warps()
+    }
+
+    /// Floats of a token's results in shared memory.
+    const fn pitch(self) -> usize {
+        16 * self.slabs() + 4
+    }
+
     /// Blocks that a multiprocessor's registers hold.
     const fn resident(self) -> usize {
-        [4, 4, 3, 2][self as usize]
+        [5, 4, 3, 1][self as usize]
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
@@ -112,19 +123,23 @@ struct Ring {
 }
 
 impl Ring {
-    /// The deepest ring with which as many blocks as the registers allow fit a multiprocessor, or fewer blocks where not
-    /// even two stages do. `shared` bytes are what a block may have.
+    /// As many blocks to a multiprocessor as its registers and memory hold with three stages each, or with two; one more
+    /// stage in flight is worth more than one more block. `shared` bytes are what a block may have.
     fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
         let blocks = blocks(format);
-        let place = tile.tokens() * blocks * 128 + SLABS * (blocks * format.block_bytes() + format.scale_bytes());
+        let place =
+            tile.tokens() * blocks * 128 + tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
         let before = (8 * MAX_DEPTH + 4 * tile.tokens()).next_multiple_of(128);
-        let results = 4 * PITCH * tile.tokens();
-        (1..=tile.resident()).rev().find_map(|resident| {
-            let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
-            let depth = (each.checked_sub(before)? / place).min(MAX_DEPTH);
-            let shared = before + (depth * place).max(results);
-            (depth >= 2 && shared <= each).then_some(Ring { depth, shared })
-        })
+        let results = 4 * tile.pitch() * tile.tokens();
+        let fit = |least: usize| {
+            (1..=tile.resident()).rev().find_map(|resident| {
+                let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
+                let depth = (each.checked_sub(before)? / place).min(MAX_DEPTH);
+                let shared = before + (depth * place).max(results);
+                (depth >= least && shared <= each).then_some(Ring { depth, shared })
+            })
+        };
+        fit(3).or_else(|| fit(2))
     }
 }
 
@@ -230,6 +245,9 @@ impl Mma {
         let c = &self.config;
         t.check(c, tokens, self.workspace_bytes(tokens))?;
         let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
+        if u32::try_from(tokens.min(self.group()) * (c.hidden / 8)).is_err() {
+            return Err(TOO_LARGE);
+        }
         for start in (0..tokens).step_by(self.group()) {
             let n = (tokens - start).min(self.group());
             let assignments = n * c.topk;
@@ -331,10 +349,10 @@ impl Mma {
             ..common
         };
         for params in [first, second] {
-            let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS);
+            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs());
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
-            let launch = Launch::new(blocks as u32, THREADS).shared(ring.shared as u32).overlap(true);
+            let launch = Launch::new(blocks as u32, 32 * tile.warps() as u32).shared(ring.shared as u32).overlap(true);
             // SAFETY: the kernel's only parameter; the rest is the caller's promise.
             unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)])? };
         }
@@ -387,15 +405,18 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = include_str!("../../kernels/mma.cu");
         for text in [
-            "kSlabs = 8, kThreads = 128;",
+            "kWarps = kN == 128 ? 8 : 4,",
+            "kSlabs = 2 * kWarps;",
             "kPitch = 16 * kSlabs + 4;",
             "kMaxDepth = 8,",
+            "kTokensAt = 8 * kMaxDepth;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
         ] {
             assert!(source.contains(text), "{text}");
         }
         for tile in Tile::ALL {
-            let bounds = format!("__launch_bounds__({THREADS}, {}) {}(", tile.resident(), tile.entry());
+            let threads = 32 * tile.warps();
+            let bounds = format!("__launch_bounds__({threads}, {}) {}(", tile.resident(), tile.entry());
             assert!(source.contains(&bounds), "{bounds}");
             assert!(source.contains(&format!("moe::gemm<{}>(p)", tile.tokens())), "{tile:?}");
         }
@@ -412,7 +433,7 @@ mod tests {
         ] {
             for tile in Tile::ALL {
                 let ring = Ring::new(f, tile, H200).unwrap();
-                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * PITCH * tile.tokens());
+                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * tile.pitch() * tile.tokens());
                 assert!(tile.resident() * (ring.shared + RESERVED) <= H200 + RESERVED, "{f:?} {tile:?} {ring:?}");
             }
             // The smallest tile fits everywhere, so that every layer has a kernel.

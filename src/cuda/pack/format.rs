@@ -236,12 +236,12 @@ fn one(m: &WeightMatrix, compute: Compute) -> Option<Format> {
     format.decode_fatbin().map(|_| format)
 }
 
-/// Whether sums in units of one scale can be moved to another's: all but zeros lie within 2^60. No checkpoint is known
-/// where they do not.
+/// Whether sums in units of one scale can be moved to another's: all but zeros are ordinary numbers within 2^60 of one
+/// another. No checkpoint is known where they are not.
 fn near_one_another(scales: &[f32]) -> bool {
     let sizes = || scales.iter().map(|s| s.abs()).filter(|s| *s > 0.0);
     let (least, most) = (sizes().fold(f32::INFINITY, f32::min), sizes().fold(0.0, f32::max));
-    f64::from(most) <= f64::from(least) * 2f64.powi(60)
+    least >= f32::MIN_POSITIVE && most <= 1e37 && f64::from(most) <= f64::from(least) * 2f64.powi(60)
 }
 
 /// A format that holds both, the finer groups of the two.
