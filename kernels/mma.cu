@@ -1,7 +1,7 @@
 // Grouped GEMM for any number of tokens: weight rows are the tensor-core product's rows, gathered tokens its columns.
 //
 // kernels/permute.cu sorts the assignments (token, slot) by expert and lists tiles of at most kN of them. A block takes
-// eight or sixteen slabs (of 16 rows) of an expert's matrix times one tile. Blocks of one matrix part stand next to each other, so that
+// eight slabs (128 rows) of an expert's matrix times one tile. Blocks of one matrix part stand next to each other, so that
 // its weights are read from memory once and for the other tiles from L2. Nothing is padded but in shared memory: the copies
 // gather the tiles' tokens by index. A column's sum runs over K in one order, whatever the tile: its bits do not depend
 // on what shares the batch.
@@ -37,12 +37,16 @@ using Format = MOE_PASTE(Format_, MOE_FORMAT);
 using Q = Format::Q;
 using D = Dequant<C, Q, Format::kScale>;
 
+// Warps of a block, and its slabs (of 16 rows).
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kSlabs = 2 * kWarps;
+// Floats of a token's results in shared memory, which take the ring's place; four more to spread the banks.
+constexpr int kPitch = 16 * kSlabs + 4;
 // Blocks (64 columns) of a stage: two, as packed; one where codes are wide and nothing follows them.
 constexpr int kBlocks = Q::kWords == 4 ? 1 : 2;
 constexpr int kRowBytes = kBlocks * 128, kChunks = kRowBytes / 16;
 constexpr int kCodeBytes = Q::kWords * 512;
-// Before the ring: barriers, then places of the tile's tokens.
-constexpr int kMaxDepth = 8, kTokensAt = 8 * kMaxDepth;
+// Before the ring: its barriers (a place is full, a place is free), then where the tile's tokens are.
+constexpr int kMaxDepth = 8, kFreeAt = 8 * kMaxDepth, kTokensAt = 16 * kMaxDepth;
 
 enum Kind : int {
     kFirst,     // gate, up and activation; to the tile's place among the sorted assignments
@@ -68,12 +72,9 @@ struct GemmParams {
 // src/cuda/mma.rs has the same.
 static_assert(sizeof(GemmParams) == 144, "");
 
-// How a block's warps share its rows and kN columns.
+// How a block's warps share its 128 rows and kN columns.
 template <int kN>
 struct Shape {
-    // Many tokens are worth larger blocks: every weight and token is read by fewer of them.
-    static constexpr int kWarps = kN == 128 ? 8 : 4, kThreads = 32 * kWarps;
-    static constexpr int kSlabs = 2 * kWarps;  // of 16 rows
     static constexpr int kWarpColumns = kN == 128 ? 2 : 1;
     static constexpr int kWarpSlabs = kSlabs * kWarpColumns / kWarps;
     static constexpr int kTiles = kN / 8 / kWarpColumns;  // of eight tokens, per warp
@@ -81,8 +82,6 @@ struct Shape {
     static constexpr int kRingAt = (kTokensAt + 4 * kN + 127) / 128 * 128;
     // Token rows that the threads copy 16 bytes each of at a time.
     static constexpr int kRows = kThreads / kChunks;
-    // Floats of a token's results in shared memory, which take the ring's place; four more to spread the banks.
-    static constexpr int kPitch = 16 * kSlabs + 4;
 };
 
 // The chunk of a token's row that lies in the place of chunk 0.
@@ -116,14 +115,16 @@ struct Gemm {
     // What this thread copies of a stage: a chunk of every kRows-th token, the first to `to_token`.
     const char* tokens;
     uint32_t to_token;
+    // Where this lane's token begins in a place: the first chunks of either half of a block.
+    uint32_t from_token[2];
     // What this warp copies: two slabs.
     const char* slabs[2];
 
-    __device__ __forceinline__ Gemm(const GemmParams& params, const Task& t, uint32_t shared)
-        : p(params), task(t), memory(shared), warp(uniform(threadIdx.x >> 5)), lane(threadIdx.x & 31) {
+    __device__ __forceinline__ Gemm(const GemmParams& params, const Task& its, uint32_t shared)
+        : p(params), task(its), memory(shared), warp(uniform(threadIdx.x >> 5)), lane(threadIdx.x & 31) {
         stage_bytes = kBlocks * kCodeBytes + 8 * p.scales.stride;
-        place_bytes = S::kTokenBytes + S::kSlabs * stage_bytes;
-        first_slab = task.row_tile * S::kSlabs;
+        place_bytes = S::kTokenBytes + kSlabs * stage_bytes;
+        first_slab = task.row_tile * kSlabs;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             // A slab beyond the matrix is its last: what comes of it is not written.
@@ -132,21 +133,28 @@ struct Gemm {
         const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
         to_token = first * kRowBytes + ((chunk ^ swizzle(first)) << 4);
         tokens = reinterpret_cast<const char*>(p.topk > 0 ? p.x : p.x + (long long)task.start * p.x_stride) + 16 * chunk;
+        const int g = lane >> 2, t = lane & 3, row = warp % S::kWarpColumns * (8 * S::kTiles) + g;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int chunk = 4 * half + (D::kNarrow ? t / 2 : t);
+            from_token[half] = row * kRowBytes + ((chunk ^ swizzle(g)) << 4) + (D::kNarrow ? t % 2 * 8 : 0);
+        }
         // Where a token's row begins, in 16 bytes.
         uint32_t* rows = reinterpret_cast<uint32_t*>(shared_memory + kTokensAt);
-        for (int i = threadIdx.x; i < task.count; i += S::kThreads) {
+        for (int i = threadIdx.x; i < task.count; i += kThreads) {
             const uint32_t row = p.topk > 0 ? __ldcg(p.rows + task.start + i) / p.topk : i;
             rows[i] = row * (p.x_stride / 8);
         }
     }
 
     __device__ __forceinline__ uint32_t place(int n) const { return memory + S::kRingAt + n * place_bytes; }
-    __device__ __forceinline__ uint32_t barrier(int n) const { return memory + 8 * n; }
+    __device__ __forceinline__ uint32_t full(int n) const { return memory + 8 * n; }
+    __device__ __forceinline__ uint32_t free(int n) const { return memory + kFreeAt + 8 * n; }
     __device__ __forceinline__ int stages() const { return (p.weights.blocks + kBlocks - 1) / kBlocks; }
 
     // Sends for a stage.
     __device__ __forceinline__ void fetch(int stage, int to) const {
-        const uint32_t at = place(to), done = barrier(to), codes = at + S::kTokenBytes + 2 * warp * stage_bytes;
+        const uint32_t at = place(to), done = full(to), codes = at + S::kTokenBytes + 2 * warp * stage_bytes;
         const int offset = stage * stage_bytes, bytes = min(stage_bytes, p.weights.slab_bytes - offset);
 #if __CUDA_ARCH__ >= 900
         if (lane == 0) {
@@ -175,20 +183,15 @@ struct Gemm {
 
     // Tokens 8 n + g of the warp's columns, 32 columns of K: two steps' operands.
     __device__ __forceinline__ void tokens_of(uint32_t tokens, int block, int half, uint32_t (&b)[S::kTiles][4]) const {
-        const int g = lane >> 2, t = lane & 3, first = warp % S::kWarpColumns * (8 * S::kTiles);
-        const uint32_t row = tokens + (first + g) * kRowBytes;
 #pragma unroll
         for (int n = 0; n < S::kTiles; n++) {
-            const uint32_t at = row + n * (8 * kRowBytes);
+            const uint32_t at = tokens + from_token[half] + n * (8 * kRowBytes) + 128 * block;
             if constexpr (D::kNarrow) {
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const int chunk = 8 * block + 4 * half + 2 * h + t / 2;
-                    const uint2 v = read_shared<uint2>(at + ((chunk ^ swizzle(g)) << 4) + t % 2 * 8);
-                    b[n][2 * h] = v.x, b[n][2 * h + 1] = v.y;
-                }
+                // The second step's two chunks: their number differs in one bit.
+                const uint2 v = read_shared<uint2>(at), w = read_shared<uint2>(at ^ 32);
+                b[n][0] = v.x, b[n][1] = v.y, b[n][2] = w.x, b[n][3] = w.y;
             } else {
-                const uint4 v = read_shared<uint4>(at + (((8 * block + 4 * half + t) ^ swizzle(g)) << 4));
+                const uint4 v = read_shared<uint4>(at);
                 b[n][0] = v.x, b[n][1] = v.y, b[n][2] = v.z, b[n][3] = v.w;
             }
         }
@@ -210,9 +213,10 @@ struct Gemm {
         }
     }
 
-    // One stage into the sums.
+    // One stage into the sums; `refill` is called when the first products are under way.
+    template <class F>
     __device__ __forceinline__ void multiply(int stage, int from, D (&dequant)[S::kWarpSlabs],
-                                             float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
+                                             float (&acc)[S::kWarpSlabs][S::kTiles][4], F refill) const {
         const uint32_t tokens = place(from);
         const uint32_t slabs = tokens + S::kTokenBytes + warp / S::kWarpColumns * S::kWarpSlabs * stage_bytes;
         const int blocks = p.weights.blocks - stage * kBlocks;
@@ -248,6 +252,7 @@ struct Gemm {
                         for (int n = 0; n < S::kTiles; n++) C::mma(acc[s][n], a, b[n][2 * h], b[n][2 * h + 1]);
                     }
                 }
+                if (block == 0 && half == 0) refill();
             }
         }
     }
@@ -256,7 +261,7 @@ struct Gemm {
     __device__ __forceinline__ void stage_sums(const D (&dequant)[S::kWarpSlabs],
                                                const float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
         const int g = lane >> 2, t = lane & 3, column = warp % S::kWarpColumns * (8 * S::kTiles) + 2 * t;
-        float* staged = reinterpret_cast<float*>(shared_memory + S::kRingAt) + column * S::kPitch + g;
+        float* staged = reinterpret_cast<float*>(shared_memory + S::kRingAt) + column * kPitch + g;
         float routing[S::kTiles][2];
 #pragma unroll
         for (int n = 0; n < S::kTiles; n++) {
@@ -279,7 +284,7 @@ struct Gemm {
                 for (int n = 0; n < S::kTiles; n++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        staged[(8 * n + i) * S::kPitch + 16 * slab + 8 * high] =
+                        staged[(8 * n + i) * kPitch + 16 * slab + 8 * high] =
                             fmaf(acc[s][n][2 * high + i] * factor, routing[n][i], bias);
                     }
                 }
@@ -290,13 +295,13 @@ struct Gemm {
     // From there to the output, four results at a time.
     __device__ __forceinline__ void write() const {
         const bool pairs = p.kind == kFirst && gated(p.activation);
-        const int width = pairs ? 8 * S::kSlabs : 16 * S::kSlabs, fours = width / 4, first = task.row_tile * width;
+        const int width = pairs ? 8 * kSlabs : 16 * kSlabs, fours = width / 4, first = task.row_tile * width;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < task.count * fours; i += S::kThreads) {
+        for (int i = threadIdx.x; i < task.count * fours; i += kThreads) {
             const int c = i / fours, at = i % fours * 4;
             if (first + at >= p.out_stride) continue;
             // A slab holds eight gates, then their ups.
-            const float* from = reinterpret_cast<float*>(shared_memory + S::kRingAt) + c * S::kPitch;
+            const float* from = reinterpret_cast<float*>(shared_memory + S::kRingAt) + c * kPitch;
             float4 v = *reinterpret_cast<const float4*>(from + (pairs ? at + at / 8 * 8 : at));
             if (p.kind == kFirst) {
                 const float4 up = pairs ? *reinterpret_cast<const float4*>(from + at + at / 8 * 8 + 8) : v;
@@ -318,9 +323,12 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     using S = Shape<kN>;
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     if (threadIdx.x == 0) {
-        // Everyone's token copies, and on Hopper each warp's announcement of weights.
-        constexpr int kArrivals = S::kThreads + (__CUDA_ARCH__ >= 900 ? S::kWarps : 0);
-        for (int i = 0; i < p.depth; i++) barrier_init(memory + 8 * i, kArrivals);
+        // Full: everyone's token copies and, on Hopper, each warp's announcement of weights. Free: every warp.
+        constexpr int kArrivals = kThreads + (__CUDA_ARCH__ >= 900 ? kWarps : 0);
+        for (int i = 0; i < p.depth; i++) {
+            barrier_init(memory + 8 * i, kArrivals);
+            barrier_init(memory + kFreeAt + 8 * i, kWarps);
+        }
 #if __CUDA_ARCH__ >= 900
         barrier_init_done();
 #endif
@@ -342,12 +350,22 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     const bool works = gemm.warp % S::kWarpColumns * (8 * S::kTiles) < task.count;
     int place = 0, round = 0;
     for (int stage = 0; stage < stages; stage++) {
-        barrier_wait(memory + 8 * place, round & 1);
-        // All warps have left the place before.
-        __syncthreads();
-        const int ahead = stage + p.depth - 1;
-        if (ahead < stages) gemm.fetch(ahead, place == 0 ? p.depth - 1 : place - 1);
-        if (works) gemm.multiply(stage, place, dequant, acc);
+        // The place before, where the stage `depth` after the last one goes.
+        auto refill = [&] {
+            const int ahead = stage + p.depth - 1, last = place == 0 ? p.depth - 1 : place - 1;
+            if (ahead >= stages) return;
+            if (stage > 0) barrier_wait(gemm.free(last), (place == 0 ? round - 1 : round) & 1);
+            gemm.fetch(ahead, last);
+        };
+        barrier_wait(gemm.full(place), round & 1);
+        __syncwarp();
+        if (S::kWarpColumns == 1 || works) {
+            gemm.multiply(stage, place, dequant, acc, refill);
+        } else {
+            refill();
+        }
+        __syncwarp();
+        if (gemm.lane == 0) barrier_arrive(gemm.free(place));
         if (++place == p.depth) place = 0, round++;
     }
     __syncthreads();
@@ -362,4 +380,4 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
 extern "C" __global__ void __launch_bounds__(128, 5) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::gemm<16>(p); }
 extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_32(const __grid_constant__ moe::GemmParams p) { moe::gemm<32>(p); }
 extern "C" __global__ void __launch_bounds__(128, 3) moe_mma_64(const __grid_constant__ moe::GemmParams p) { moe::gemm<64>(p); }
-extern "C" __global__ void __launch_bounds__(256, 1) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }
+extern "C" __global__ void __launch_bounds__(128, 2) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }

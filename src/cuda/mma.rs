@@ -12,8 +12,14 @@ use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 
-/// Stages of a ring at most; kernels/mma.cu has the same.
+/// Warps of a block; kernels/mma.cu has the same, and what follows.
+const WARPS: usize = 4;
+/// Slabs of a block.
+const SLABS: usize = 2 * WARPS;
+/// Stages of a ring at most.
 const MAX_DEPTH: usize = 8;
+/// Floats of a token's results in shared memory.
+const PITCH: usize = 16 * SLABS + 4;
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -45,24 +51,9 @@ impl Tile {
         ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
     }
 
-    /// Warps of a block; kernels/mma.cu has the same, and what follows.
-    const fn warps(self) -> usize {
-        [4, 4, 4, 8][self as usize]
-    }
-
-    /// Slabs of a block.
-    const fn slabs(self) -> usize {
-        2 * self.warps()
-    }
-
-    /// Floats of a token's results in shared memory.
-    const fn pitch(self) -> usize {
-        16 * self.slabs() + 4
-    }
-
     /// Blocks that a multiprocessor's registers hold.
     const fn resident(self) -> usize {
-        [5, 4, 3, 1][self as usize]
+        [5, 4, 3, 2][self as usize]
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
@@ -127,10 +118,9 @@ impl Ring {
     /// stage in flight is worth more than one more block. `shared` bytes are what a block may have.
     fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
         let blocks = blocks(format);
-        let place =
-            tile.tokens() * blocks * 128 + tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
-        let before = (8 * MAX_DEPTH + 4 * tile.tokens()).next_multiple_of(128);
-        let results = 4 * tile.pitch() * tile.tokens();
+        let place = tile.tokens() * blocks * 128 + SLABS * (blocks * format.block_bytes() + format.scale_bytes());
+        let before = (16 * MAX_DEPTH + 4 * tile.tokens()).next_multiple_of(128);
+        let results = 4 * PITCH * tile.tokens();
         let fit = |least: usize| {
             (1..=tile.resident()).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
@@ -349,10 +339,10 @@ impl Mma {
             ..common
         };
         for params in [first, second] {
-            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs());
+            let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS);
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
-            let launch = Launch::new(blocks as u32, 32 * tile.warps() as u32).shared(ring.shared as u32).overlap(true);
+            let launch = Launch::new(blocks as u32, 32 * WARPS as u32).shared(ring.shared as u32).overlap(true);
             // SAFETY: the kernel's only parameter; the rest is the caller's promise.
             unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)])? };
         }
@@ -405,17 +395,16 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = include_str!("../../kernels/mma.cu");
         for text in [
-            "kWarps = kN == 128 ? 8 : 4,",
-            "kSlabs = 2 * kWarps;",
+            "kWarps = 4, kThreads = 32 * kWarps, kSlabs = 2 * kWarps;",
             "kPitch = 16 * kSlabs + 4;",
             "kMaxDepth = 8,",
-            "kTokensAt = 8 * kMaxDepth;",
+            "kTokensAt = 16 * kMaxDepth;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
         ] {
             assert!(source.contains(text), "{text}");
         }
         for tile in Tile::ALL {
-            let threads = 32 * tile.warps();
+            let threads = 32 * WARPS;
             let bounds = format!("__launch_bounds__({threads}, {}) {}(", tile.resident(), tile.entry());
             assert!(source.contains(&bounds), "{bounds}");
             assert!(source.contains(&format!("moe::gemm<{}>(p)", tile.tokens())), "{tile:?}");
@@ -433,7 +422,7 @@ mod tests {
         ] {
             for tile in Tile::ALL {
                 let ring = Ring::new(f, tile, H200).unwrap();
-                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * tile.pitch() * tile.tokens());
+                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * PITCH * tile.tokens());
                 assert!(tile.resident() * (ring.shared + RESERVED) <= H200 + RESERVED, "{f:?} {tile:?} {ring:?}");
             }
             // The smallest tile fits everywhere, so that every layer has a kernel.
