@@ -1,16 +1,17 @@
-// Grouped GEMM for any number of tokens: weight rows are the tensor-core product's rows, gathered tokens its columns.
+// Grouped GEMM for any number of tokens: weight rows are the tensor-core product's rows, tokens its columns.
 //
-// kernels/permute.cu sorts the assignments (token, slot) by expert and lists tiles of at most kN of them. A block takes
-// eight slabs (128 rows) of an expert's matrix times one tile. Blocks of one matrix part stand next to each other, so that
-// its weights are read from memory once and for the other tiles from L2. Nothing is padded but in shared memory: the copies
-// gather the tiles' tokens by index. A column's sum runs over K in one order, whatever the tile: its bits do not depend
-// on what shares the batch.
+// kernels/permute.cu sorts the assignments (token, slot) by expert, lists tiles of at most kN of them, and lays the tokens
+// out in that order. A block takes a few slabs of an expert's matrix times one tile. Blocks of one matrix part stand next
+// to each other, so that its weights are read from memory once and for the other tiles from L2. Experts are not padded to
+// tiles. A column's sum runs over K in one order, whatever the tile: its bits do not depend on what shares the batch.
 //
-// Shared memory: barriers, then a ring of stages (kBlocks blocks of K each): tokens, weights as packed. Token rows are
-// swizzled by 16-byte chunks so that a warp's reads touch every bank once.
+// Tokens lie in planes of a stage's columns, [planes][rows][kRowBytes], so that a tile's part of a stage is one run of
+// memory; the 16-byte chunks of a row are exchanged (`swizzle`) so that a warp's reads touch every bank of shared memory
+// once. Shared memory: barriers, then a ring of stages (kBlocks blocks of K each): tokens, weights as packed.
 #include "common/activation.cuh"
 #include "common/dequant.cuh"
 #include "common/matrix.cuh"
+#include "common/planes.cuh"
 
 #define MOE_CASE(name, codes, scales)                  \
     struct Format_##name {                             \
@@ -37,32 +38,28 @@ using Format = MOE_PASTE(Format_, MOE_FORMAT);
 using Q = Format::Q;
 using D = Dequant<C, Q, Format::kScale>;
 
-// Warps of a block, and its slabs (of 16 rows).
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kSlabs = 2 * kWarps;
-// Floats of a token's results in shared memory, which take the ring's place; four more to spread the banks.
-constexpr int kPitch = 16 * kSlabs + 4;
 // Blocks (64 columns) of a stage: two, as packed; one where codes are wide and nothing follows them.
 constexpr int kBlocks = Q::kWords == 4 ? 1 : 2;
-constexpr int kRowBytes = kBlocks * 128, kChunks = kRowBytes / 16;
+constexpr int kColumns = kBlocks * kBlock, kRowBytes = 2 * kColumns;
 constexpr int kCodeBytes = Q::kWords * 512;
-// Before the ring: its barriers (a place is full, a place is free), then where the tile's tokens are.
-constexpr int kMaxDepth = 8, kFreeAt = 8 * kMaxDepth, kTokensAt = 16 * kMaxDepth;
+// Before the ring: its barriers (a place is full, a place is free).
+constexpr int kMaxDepth = 8, kFreeAt = 8 * kMaxDepth, kRingAt = 16 * kMaxDepth;
 
 enum Kind : int {
-    kFirst,     // gate, up and activation; to the tile's place among the sorted assignments
-    kSecond,    // down; to the assignment's own place
-    kBatched,   // down; final, in place
+    kFirst,     // gate, up and activation
+    kSecond,    // down, to the assignment's own place
+    kBatched,   // down, final, in place
 };
 
 struct GemmParams {
     Matrix weights;
-    const C::T* x;          // rows of x_stride, of which `length` columns count
+    const char* x;          // planes of tokens
     const int* rows;        // [assignments] sorted by expert, or null for the batched format: as they lie
     const float* routing;   // of each assignment, to multiply sums of the first kind by; or null
-    const int4* tiles;      // {local expert or -1, first sorted assignment, how many, nth of its expert | of how many << 16}
-    C::T* out;              // rows of out_stride
-    int x_stride, length, out_stride;
-    int topk;               // x's row is the assignment's token; 0: x is sorted, too
+    const int4* tiles;      // {local expert or -1, first row, how many, nth of its expert | of how many << 16}
+    void* out;              // kFirst: planes of `out_columns`; else rows of that many
+    long long plane;        // bytes of a plane of x and of kFirst's out
+    int out_columns;        // kFirst: rounded up to whole planes, what lies beyond the matrix becomes zeros
     int row_tiles;          // blocks that share the matrix's slabs
     int depth;              // stages of the ring
     int kind;
@@ -70,22 +67,22 @@ struct GemmParams {
     Activation activation;
 };
 // src/cuda/mma.rs has the same.
-static_assert(sizeof(GemmParams) == 144, "");
+static_assert(sizeof(GemmParams) == 136, "");
 
-// How a block's warps share its 128 rows and kN columns.
+// How a block's warps share its rows and kN columns.
 template <int kN>
 struct Shape {
+    // Many tokens are worth larger blocks: every weight and token is read by fewer of them.
+    static constexpr int kWarps = kN == 128 ? 8 : 4, kThreads = 32 * kWarps;
+    static constexpr int kSlabs = 2 * kWarps;  // of 16 rows
     static constexpr int kWarpColumns = kN == 128 ? 2 : 1;
     static constexpr int kWarpSlabs = kSlabs * kWarpColumns / kWarps;
     static constexpr int kTiles = kN / 8 / kWarpColumns;  // of eight tokens, per warp
     static constexpr int kTokenBytes = kN * kRowBytes;
-    static constexpr int kRingAt = (kTokensAt + 4 * kN + 127) / 128 * 128;
-    // Token rows that the threads copy 16 bytes each of at a time.
-    static constexpr int kRows = kThreads / kChunks;
+    // Floats of a token's results in shared memory, which take the ring's place; four more to spread the banks.
+    static constexpr int kPitch = 16 * kSlabs + 4;
 };
 
-// The chunk of a token's row that lies in the place of chunk 0.
-__device__ __forceinline__ int swizzle(int row) { return (row & 1) << 2 | (row & 2); }
 
 struct Task {
     int expert, start, count, row_tile;
@@ -112,73 +109,53 @@ struct Gemm {
     const uint32_t memory;
     const int warp, lane;
     int stage_bytes, place_bytes, first_slab;
-    // What this thread copies of a stage: a chunk of every kRows-th token, the first to `to_token`.
-    const char* tokens;
-    uint32_t to_token;
     // Where this lane's token begins in a place: the first chunks of either half of a block.
     uint32_t from_token[2];
-    // What this warp copies: two slabs.
-    const char* slabs[2];
 
     __device__ __forceinline__ Gemm(const GemmParams& params, const Task& its, uint32_t shared)
         : p(params), task(its), memory(shared), warp(uniform(threadIdx.x >> 5)), lane(threadIdx.x & 31) {
         stage_bytes = kBlocks * kCodeBytes + 8 * p.scales.stride;
-        place_bytes = S::kTokenBytes + kSlabs * stage_bytes;
-        first_slab = task.row_tile * kSlabs;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            // A slab beyond the matrix is its last: what comes of it is not written.
-            slabs[i] = slab_of(p.weights, task.expert, min(first_slab + 2 * warp + i, p.weights.slabs - 1));
-        }
-        const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-        to_token = first * kRowBytes + ((chunk ^ swizzle(first)) << 4);
-        tokens = reinterpret_cast<const char*>(p.topk > 0 ? p.x : p.x + (long long)task.start * p.x_stride) + 16 * chunk;
+        place_bytes = S::kTokenBytes + S::kSlabs * stage_bytes;
+        first_slab = task.row_tile * S::kSlabs;
         const int g = lane >> 2, t = lane & 3, row = warp % S::kWarpColumns * (8 * S::kTiles) + g;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int chunk = 4 * half + (D::kNarrow ? t / 2 : t);
-            from_token[half] = row * kRowBytes + ((chunk ^ swizzle(g)) << 4) + (D::kNarrow ? t % 2 * 8 : 0);
-        }
-        // Where a token's row begins, in 16 bytes.
-        uint32_t* rows = reinterpret_cast<uint32_t*>(shared_memory + kTokensAt);
-        for (int i = threadIdx.x; i < task.count; i += kThreads) {
-            const uint32_t row = p.topk > 0 ? __ldcg(p.rows + task.start + i) / p.topk : i;
-            rows[i] = row * (p.x_stride / 8);
+            from_token[half] = row * kRowBytes + ((chunk ^ swizzle(task.start + row)) << 4) + (D::kNarrow ? t % 2 * 8 : 0);
         }
     }
 
-    __device__ __forceinline__ uint32_t place(int n) const { return memory + S::kRingAt + n * place_bytes; }
+    __device__ __forceinline__ uint32_t place(int n) const { return memory + kRingAt + n * place_bytes; }
     __device__ __forceinline__ uint32_t full(int n) const { return memory + 8 * n; }
     __device__ __forceinline__ uint32_t free(int n) const { return memory + kFreeAt + 8 * n; }
     __device__ __forceinline__ int stages() const { return (p.weights.blocks + kBlocks - 1) / kBlocks; }
 
-    // Sends for a stage.
+    // A slab beyond the matrix is its last: what comes of it is not written.
+    __device__ __forceinline__ const char* slab(int n) const {
+        return slab_of(p.weights, task.expert, min(first_slab + n, p.weights.slabs - 1));
+    }
+
+    // Sends for a stage: each warp for two slabs, the first for the tokens, too.
     __device__ __forceinline__ void fetch(int stage, int to) const {
-        const uint32_t at = place(to), done = full(to), codes = at + S::kTokenBytes + 2 * warp * stage_bytes;
+        const uint32_t tokens = place(to), codes = tokens + S::kTokenBytes + 2 * warp * stage_bytes;
         const int offset = stage * stage_bytes, bytes = min(stage_bytes, p.weights.slab_bytes - offset);
+        const char* from = p.x + stage * p.plane + (long long)task.start * kRowBytes;
 #if __CUDA_ARCH__ >= 900
         if (lane == 0) {
-            barrier_expect(done, 2 * bytes);
-            copy_bulk(codes, slabs[0] + offset, bytes, done);
-            copy_bulk(codes + stage_bytes, slabs[1] + offset, bytes, done);
+            const int more = warp == 0 ? task.count * kRowBytes : 0;
+            barrier_expect(full(to), 2 * bytes + more);
+            copy_bulk(codes, slab(2 * warp) + offset, bytes, full(to));
+            copy_bulk(codes + stage_bytes, slab(2 * warp + 1) + offset, bytes, full(to));
+            if (warp == 0) copy_bulk(tokens, from, more, full(to));
         }
 #else
-#pragma unroll
         for (int s = 0; s < 2; s++) {
-            for (int i = lane * 16; i < bytes; i += 512) copy_16(codes + s * stage_bytes + i, slabs[s] + offset + i);
+            const char* at = slab(2 * warp + s) + offset;
+            for (int i = lane * 16; i < bytes; i += 512) copy_16(codes + s * stage_bytes + i, at + i);
         }
+        for (int i = threadIdx.x * 16; i < task.count * kRowBytes; i += S::kThreads * 16) copy_16(tokens + i, from + i);
+        arrive_after_copies(full(to));
 #endif
-        // Columns beyond the row become zeros.
-        const int size = stage * kBlocks * kBlock + threadIdx.x % kChunks * 8 < p.length ? 16 : 0;
-        const char* from = tokens + (long long)stage * kRowBytes;
-        const uint32_t* rows = reinterpret_cast<const uint32_t*>(shared_memory + kTokensAt);
-#pragma unroll
-        for (int i = 0; i < kN; i += S::kRows) {
-            const int row = static_cast<int>(threadIdx.x) / kChunks + i;
-            if (row >= task.count) break;
-            copy_16_or_zeros(at + to_token + i * kRowBytes, from + 16ull * rows[row], size);
-        }
-        arrive_after_copies(done);
     }
 
     // Tokens 8 n + g of the warp's columns, 32 columns of K: two steps' operands.
@@ -257,11 +234,11 @@ struct Gemm {
         }
     }
 
-    // The sums as projections, to shared memory: [tokens][kPitch], the block's 128 rows.
+    // The sums as projections, to shared memory: [tokens][kPitch], the block's rows.
     __device__ __forceinline__ void stage_sums(const D (&dequant)[S::kWarpSlabs],
                                                const float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
         const int g = lane >> 2, t = lane & 3, column = warp % S::kWarpColumns * (8 * S::kTiles) + 2 * t;
-        float* staged = reinterpret_cast<float*>(shared_memory + S::kRingAt) + column * kPitch + g;
+        float* staged = reinterpret_cast<float*>(shared_memory + kRingAt) + column * S::kPitch + g;
         float routing[S::kTiles][2];
 #pragma unroll
         for (int n = 0; n < S::kTiles; n++) {
@@ -284,7 +261,7 @@ struct Gemm {
                 for (int n = 0; n < S::kTiles; n++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        staged[(8 * n + i) * kPitch + 16 * slab + 8 * high] =
+                        staged[(8 * n + i) * S::kPitch + 16 * slab + 8 * high] =
                             fmaf(acc[s][n][2 * high + i] * factor, routing[n][i], bias);
                     }
                 }
@@ -292,28 +269,51 @@ struct Gemm {
         }
     }
 
-    // From there to the output, four results at a time.
-    __device__ __forceinline__ void write() const {
-        const bool pairs = p.kind == kFirst && gated(p.activation);
-        const int width = pairs ? 8 * kSlabs : 16 * kSlabs, fours = width / 4, first = task.row_tile * width;
+    __device__ __forceinline__ float4 staged(int token, int row) const {
+        return *reinterpret_cast<const float4*>(shared_memory + kRingAt + 4 * (token * S::kPitch + row));
+    }
+
+    static __device__ __forceinline__ uint2 rounded(float4 v, bool final) {
+        const auto one = [&](float x) { return final ? C::from_float(x) : C::between(x); };
+        __align__(8) const C::T four[4] = {one(v.x), one(v.y), one(v.z), one(v.w)};
+        return *reinterpret_cast<const uint2*>(four);
+    }
+
+    // From there through the activation to planes, four results at a time.
+    __device__ __forceinline__ void write_activated() const {
+        const bool pairs = gated(p.activation);
+        const int slab_width = pairs ? 8 : 16, first = first_slab * slab_width;
+        // The last block fills the last plane up.
+        const int width = task.row_tile == p.row_tiles - 1 ? p.out_columns - first : S::kSlabs * slab_width;
+        const int filled = p.weights.slabs * slab_width - first, fours = width / 4;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < task.count * fours; i += kThreads) {
-            const int c = i / fours, at = i % fours * 4;
-            if (first + at >= p.out_stride) continue;
-            // A slab holds eight gates, then their ups.
-            const float* from = reinterpret_cast<float*>(shared_memory + S::kRingAt) + c * kPitch;
-            float4 v = *reinterpret_cast<const float4*>(from + (pairs ? at + at / 8 * 8 : at));
-            if (p.kind == kFirst) {
-                const float4 up = pairs ? *reinterpret_cast<const float4*>(from + at + at / 8 * 8 + 8) : v;
-                v.x = apply(p.activation, v.x, up.x), v.y = apply(p.activation, v.y, up.y);
-                v.z = apply(p.activation, v.z, up.z), v.w = apply(p.activation, v.w, up.w);
+        for (int i = threadIdx.x; i < task.count * fours; i += S::kThreads) {
+            const int c = i / fours, at = i % fours * 4, column = first + at, row = task.start + c;
+            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (at < filled) {
+                // A slab holds eight gates, then their ups.
+                const float4 gate = staged(c, pairs ? at + at / 8 * 8 : at);
+                const float4 up = pairs ? staged(c, at + at / 8 * 8 + 8) : gate;
+                v.x = apply(p.activation, gate.x, up.x), v.y = apply(p.activation, gate.y, up.y);
+                v.z = apply(p.activation, gate.z, up.z), v.w = apply(p.activation, gate.w, up.w);
             }
-            const bool final = p.kind == kBatched;
-            const auto round = [&](float x) { return final ? C::from_float(x) : C::between(x); };
-            const int row = p.kind == kSecond ? p.rows[task.start + c] : task.start + c;
-            C::T* to = p.out + (long long)row * p.out_stride + first + at;
-            __align__(8) const C::T result[4] = {round(v.x), round(v.y), round(v.z), round(v.w)};
-            *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(result);
+            const int plane = column / kColumns, chunk = column % kColumns / 8;
+            char* to = static_cast<char*>(p.out) + plane * p.plane + (long long)row * kRowBytes +
+                       ((chunk ^ swizzle(row)) << 4) + column % 8 * 2;
+            *reinterpret_cast<uint2*>(to) = rounded(v, false);
+        }
+    }
+
+    // From there to rows.
+    __device__ __forceinline__ void write_rows() const {
+        constexpr int kFours = 4 * S::kSlabs;
+        const int first = first_slab * 16;
+        for (int i = threadIdx.x; i < task.count * kFours; i += S::kThreads) {
+            const int c = i / kFours, at = i % kFours * 4;
+            if (first + at >= p.out_columns) continue;
+            const long long row = p.kind == kSecond ? p.rows[task.start + c] : task.start + c;
+            C::T* to = static_cast<C::T*>(p.out) + row * p.out_columns + first + at;
+            *reinterpret_cast<uint2*>(to) = rounded(staged(c, at), p.kind == kBatched);
         }
     }
 };
@@ -323,11 +323,11 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     using S = Shape<kN>;
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     if (threadIdx.x == 0) {
-        // Full: everyone's token copies and, on Hopper, each warp's announcement of weights. Free: every warp.
-        constexpr int kArrivals = kThreads + (__CUDA_ARCH__ >= 900 ? kWarps : 0);
+        // Full: each warp's announcement, or every thread's copies. Free: every warp.
+        constexpr int kArrivals = __CUDA_ARCH__ >= 900 ? S::kWarps : S::kThreads;
         for (int i = 0; i < p.depth; i++) {
             barrier_init(memory + 8 * i, kArrivals);
-            barrier_init(memory + kFreeAt + 8 * i, kWarps);
+            barrier_init(memory + kFreeAt + 8 * i, S::kWarps);
         }
 #if __CUDA_ARCH__ >= 900
         barrier_init_done();
@@ -339,7 +339,6 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     const Task task = task_of(p);
     if (task.expert < 0) return;
     const Gemm<kN> gemm(p, task, memory);
-    __syncthreads();
     const int stages = gemm.stages();
     for (int i = 0; i < p.depth - 1 && i < stages; i++) gemm.fetch(i, i);
     float acc[S::kWarpSlabs][S::kTiles][4] = {};
@@ -371,13 +370,17 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     __syncthreads();
     gemm.stage_sums(dequant, acc);
     __syncthreads();
-    gemm.write();
+    if (p.kind == kFirst) {
+        gemm.write_activated();
+    } else {
+        gemm.write_rows();
+    }
 }
 
 }  // namespace moe
 
 // grid (row_tiles * tiles)
-extern "C" __global__ void __launch_bounds__(128, 5) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::gemm<16>(p); }
+extern "C" __global__ void __launch_bounds__(128, 6) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::gemm<16>(p); }
 extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_32(const __grid_constant__ moe::GemmParams p) { moe::gemm<32>(p); }
 extern "C" __global__ void __launch_bounds__(128, 3) moe_mma_64(const __grid_constant__ moe::GemmParams p) { moe::gemm<64>(p); }
-extern "C" __global__ void __launch_bounds__(128, 2) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }
+extern "C" __global__ void __launch_bounds__(256, 1) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::gemm<128>(p); }

@@ -1,4 +1,5 @@
-// What surrounds the grouped GEMM: the plan of tiles before it, the sum over a token's experts after it.
+// What surrounds the grouped GEMM: the plan of tiles and the tokens in the plan's order before it, the sum over a token's
+// experts after it.
 //
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, in whatever order within an
 // expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
@@ -9,6 +10,7 @@
 #include <cstdint>
 
 #include "common/compute.cuh"
+#include "common/planes.cuh"
 #include "common/ptx.cuh"
 
 namespace {
@@ -23,7 +25,7 @@ struct PlanParams {
     const int* ids;     // [assignments], global, -1 for none
     const int* map;     // [experts] global to local, or null
     const int* counts;  // batched format: [local experts]; ids are null then
-    int* rows;          // [assignments], written: sorted assignments
+    int* rows;          // [assignments], written: sorted assignments, then -1
     int4* tiles;        // [max_tiles], written; kernels/mma.cu says what they hold
     int assignments, experts, local_experts;
     int max_tokens;     // batched format: an expert's tokens lie this far apart
@@ -76,6 +78,21 @@ __device__ __forceinline__ int2 sum_before(int2 mine, int2& all) {
     }
     return make_int2(before.x + sum.x - mine.x, before.y + sum.y - mine.y);
 }
+
+struct LayOutParams {
+    const uint4* x;     // [tokens, eights]
+    const int* rows;    // [rows] assignment of each row, or null for the batched format: as they lie
+    const int* counts;  // batched format: [local experts]
+    char* planes;       // [planes][rows][16 * chunks], written; common/planes.cuh
+    int count;          // rows
+    int topk, max_tokens;
+    int eights;         // of 16 bytes, that a token has
+    int chunks, planes_count;
+};
+static_assert(sizeof(LayOutParams) == 56, "");
+
+// Warps of a block; 16-byte chunks of a row that a lane copies.
+constexpr int kLayOutWarps = 8, kEach = 4;
 
 struct CombineParams {
     const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
@@ -158,7 +175,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     }
     for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
     __syncthreads();
-    if (p.counts == nullptr) for_each(p, [&](int at, int expert) { p.rows[atomicAdd(&places[expert], 1)] = at; });
+    if (p.counts != nullptr) return;
+    for_each(p, [&](int at, int expert) { p.rows[atomicAdd(&places[expert], 1)] = at; });
+    for (int i = all.x + t; i < p.assignments; i += kThreads) p.rows[i] = -1;
+}
+
+// grid (rows * parts of a row / kLayOutWarps): tokens to planes in the plan's order, what is missing of the last plane as
+// zeros
+extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(const __grid_constant__ LayOutParams p) {
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
+    const int all = p.chunks * p.planes_count, parts = (all + 32 * kEach - 1) / (32 * kEach);
+    const long long unit = static_cast<long long>(blockIdx.x) * kLayOutWarps + threadIdx.x / 32;
+    const int row = static_cast<int>(unit / parts), first = static_cast<int>(unit % parts) * (32 * kEach) + threadIdx.x % 32;
+    if (row >= p.count) return;
+    long long token = row;
+    if (p.rows != nullptr) {
+        const int assignment = __ldcg(p.rows + row);
+        if (assignment < 0) return;
+        token = assignment / p.topk;
+    } else if (row % p.max_tokens >= p.counts[row / p.max_tokens]) {
+        return;
+    }
+    uint4 v[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int at = first + 32 * i;
+        v[i] = at < p.eights ? __ldg(p.x + token * p.eights + at) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int at = first + 32 * i, plane = at / p.chunks, chunk = at % p.chunks ^ moe::swizzle(row);
+        if (at < all) *reinterpret_cast<uint4*>(p.planes + ((static_cast<long long>(plane) * p.count + row) * p.chunks + chunk) * 16) = v[i];
+    }
 }
 
 // grid (tokens, parts of a row)

@@ -1,5 +1,5 @@
-//! The grouped GEMM for any number of tokens: sort by expert, gate and up with the activation, down, sum over a token's
-//! experts (kernels/permute.cu, kernels/mma.cu).
+//! The grouped GEMM for any number of tokens: sort by expert, lay the tokens out in that order, gate and up with the
+//! activation, down, sum over a token's experts (kernels/permute.cu, kernels/mma.cu).
 
 use super::activation::Activation;
 use super::call::{BatchedTensors, Tensors};
@@ -7,19 +7,14 @@ use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
 use super::pack::{Codes, Format, PackedExperts};
-use super::permute::{Permute, Source, Sum, TILE_BYTES, max_tiles};
+use super::permute::{Permute, Planes, Source, Sum, TILE_BYTES, max_tiles};
 use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 
-/// Warps of a block; kernels/mma.cu has the same, and what follows.
-const WARPS: usize = 4;
-/// Slabs of a block.
-const SLABS: usize = 2 * WARPS;
-/// Stages of a ring at most.
+/// Stages of a ring at most, and where it begins; kernels/mma.cu has the same.
 const MAX_DEPTH: usize = 8;
-/// Floats of a token's results in shared memory.
-const PITCH: usize = 16 * SLABS + 4;
+const RING_AT: usize = 16 * MAX_DEPTH;
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -51,9 +46,24 @@ impl Tile {
         ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
     }
 
+    /// Warps of a block; kernels/mma.cu has the same, and what follows.
+    const fn warps(self) -> usize {
+        [4, 4, 4, 8][self as usize]
+    }
+
+    /// Slabs of a block.
+    const fn slabs(self) -> usize {
+        2 * self.warps()
+    }
+
+    /// Floats of a token's results in shared memory.
+    const fn pitch(self) -> usize {
+        16 * self.slabs() + 4
+    }
+
     /// Blocks that a multiprocessor's registers hold.
     const fn resident(self) -> usize {
-        [5, 4, 3, 2][self as usize]
+        [6, 4, 3, 1][self as usize]
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
@@ -86,20 +96,17 @@ struct GemmParams {
     routing: u64,
     tiles: u64,
     out: u64,
-    x_stride: i32,
-    length: i32,
-    out_stride: i32,
-    topk: i32,
+    plane: i64,
+    out_columns: i32,
     row_tiles: i32,
     depth: i32,
     kind: i32,
     scales: ScaleLayout,
     activation: Activation,
-    _pad: i32,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 144);
+const _: () = assert!(size_of::<GemmParams>() == 136);
 
 /// `Kind` in kernels/mma.cu.
 const FIRST: i32 = 0;
@@ -118,14 +125,14 @@ impl Ring {
     /// stage in flight is worth more than one more block. `shared` bytes are what a block may have.
     fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
         let blocks = blocks(format);
-        let place = tile.tokens() * blocks * 128 + SLABS * (blocks * format.block_bytes() + format.scale_bytes());
-        let before = (16 * MAX_DEPTH + 4 * tile.tokens()).next_multiple_of(128);
-        let results = 4 * PITCH * tile.tokens();
+        let place =
+            tile.tokens() * blocks * 128 + tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
+        let results = 4 * tile.pitch() * tile.tokens();
         let fit = |least: usize| {
             (1..=tile.resident()).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
-                let depth = (each.checked_sub(before)? / place).min(MAX_DEPTH);
-                let shared = before + (depth * place).max(results);
+                let depth = (each.checked_sub(RING_AT)? / place).min(MAX_DEPTH);
+                let shared = RING_AT + (depth * place).max(results);
                 (depth >= least && shared <= each).then_some(Ring { depth, shared })
             })
         };
@@ -141,14 +148,20 @@ fn blocks(format: Format) -> usize {
 /// What a call works on: device addresses.
 #[derive(Clone, Copy)]
 struct Call {
+    source: Source,
     hidden: u64,
-    middle: u64,
-    tiles: u64,
+    /// Sorted assignments, or 0.
     rows: u64,
+    /// Routing weights that multiply the input, or 0.
     routing: u64,
+    tiles: u64,
+    /// Tokens in the plan's order.
+    x: u64,
+    middle: u64,
     out: u64,
-    topk: i32,
     last: i32,
+    /// Rows of the planes.
+    assignments: usize,
 }
 
 /// A layer's kernels. The packed projections belong to another: see [`new`](Mma::new).
@@ -159,7 +172,8 @@ pub(super) struct Mma {
     matrices: [Matrix; 2],
     scales: ScaleLayout,
     config: MoeConfig,
-    middle: usize,
+    x: Planes,
+    middle: Planes,
     /// Instead of the one that suits a call's size.
     pub tile: Option<Tile>,
 }
@@ -187,6 +201,8 @@ impl Mma {
         if kernels[0].is_none() {
             return Err(CudaError::Argument("this GPU has too little shared memory for cuda_mma"));
         }
+        let planes =
+            |columns: usize| Planes { count: columns.div_ceil(blocks(format)), row_bytes: 128 * blocks(format) };
         Ok(Self {
             kernels,
             permute: Permute::new(gpu, config)?,
@@ -198,7 +214,8 @@ impl Mma {
                 bf16: i32::from(format.scale_bf16),
             },
             config: *config,
-            middle: packed.middle,
+            x: planes(packed.first.blocks),
+            middle: planes(packed.second.blocks),
             tile: None,
         })
     }
@@ -235,32 +252,32 @@ impl Mma {
         let c = &self.config;
         t.check(c, tokens, self.workspace_bytes(tokens))?;
         let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
-        if u32::try_from(tokens.min(self.group()) * (c.hidden / 8)).is_err() {
-            return Err(TOO_LARGE);
-        }
         for start in (0..tokens).step_by(self.group()) {
             let n = (tokens - start).min(self.group());
             let assignments = n * c.topk;
             let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
             let (ids, weights) = (at(t.topk_ids.address(), c.topk, 4), at(t.topk_weights.address(), c.topk, 4));
             let workspace = t.workspace.address();
-            let call = Call {
-                hidden: at(t.hidden.address(), c.hidden, 2),
-                middle: workspace + parts.middle as u64,
-                tiles: workspace,
-                rows: workspace + parts.rows as u64,
-                routing: if c.weight_on_input { weights } else { 0 },
-                out: workspace + parts.results as u64,
-                topk: c.topk as i32,
-                last: SECOND,
-            };
             let map = map.map_or(0, |m| m.address());
-            let source = Source::Ids { ids, map, rows: call.rows, assignments };
+            let rows = workspace + parts.rows as u64;
+            let call = Call {
+                source: Source::Ids { ids, map, rows, assignments },
+                hidden: at(t.hidden.address(), c.hidden, 2),
+                rows,
+                routing: if c.weight_on_input { weights } else { 0 },
+                tiles: workspace,
+                x: workspace + parts.x as u64,
+                middle: workspace + parts.middle as u64,
+                // When results are written, the tokens have been read.
+                out: workspace + parts.x as u64,
+                last: SECOND,
+                assignments,
+            };
             let sum = Sum { results: call.out, ids, weights, map, output: at(t.output.address(), c.hidden, 2) };
             // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
             // packed experts stay (`new`); the rest is the caller's promise.
             unsafe {
-                self.gemms(stream, source, call, assignments, c.experts)?;
+                self.gemms(stream, call, c.experts)?;
                 self.permute.combine(stream, sum, n)?;
             }
         }
@@ -275,42 +292,42 @@ impl Mma {
         let c = &self.config;
         t.check(c, max, self.workspace_bytes(max))?;
         let parts = Parts::new(self, max).ok_or(TOO_LARGE)?;
+        let workspace = t.workspace.address();
         let call = Call {
+            source: Source::Counts { counts: t.counts.address(), max },
             hidden: t.hidden.address(),
-            middle: t.workspace.address() + parts.middle as u64,
-            tiles: t.workspace.address(),
             rows: 0,
             routing: 0,
+            tiles: workspace,
+            x: workspace + parts.x as u64,
+            middle: workspace + parts.middle as u64,
             out: t.output.address(),
-            topk: 0,
             last: BATCHED,
+            assignments: max * c.local_experts,
         };
-        let source = Source::Counts { counts: t.counts.address(), max };
         // SAFETY: as above.
-        unsafe { self.gemms(stream, source, call, max * c.local_experts, c.local_experts) }
+        unsafe { self.gemms(stream, call, c.local_experts) }
     }
 
-    /// The plan and both projections.
+    /// The plan, the tokens in its order, and both projections. The assignments are to one of `experts` experts each.
     ///
     /// # Safety
     /// The call's addresses must be device memory as the kernels want them for so many assignments.
-    unsafe fn gemms(
-        &self,
-        stream: &Stream,
-        source: Source,
-        call: Call,
-        assignments: usize,
-        experts: usize,
-    ) -> Result<(), CudaError> {
+    unsafe fn gemms(&self, stream: &Stream, call: Call, experts: usize) -> Result<(), CudaError> {
         let c = &self.config;
-        let (tile, kernel, ring) = self.kernel(assignments, experts)?;
-        let tiles = max_tiles(assignments, c.local_experts, tile.tokens());
+        let (tile, kernel, ring) = self.kernel(call.assignments, experts)?;
+        let tiles = max_tiles(call.assignments, c.local_experts, tile.tokens());
         // SAFETY: the list of tiles has room for the smallest tile's, which are the most; the rest is the caller's promise.
-        unsafe { self.permute.plan(stream, source, call.tiles, tile.tokens(), tiles)? };
+        unsafe {
+            self.permute.plan(stream, call.source, call.tiles, tile.tokens(), tiles)?;
+            self.permute.lay_out(stream, call.source, call.hidden, call.x, self.x, call.assignments)?;
+        }
         let [first, second] = self.matrices;
         let common = GemmParams {
             rows: call.rows,
             tiles: call.tiles,
+            // Those of both have rows of as many bytes.
+            plane: (call.assignments * self.x.row_bytes) as i64,
             depth: ring.depth as i32,
             scales: self.scales,
             activation: Activation::of(c.activation),
@@ -318,13 +335,10 @@ impl Mma {
         };
         let first = GemmParams {
             weights: first,
-            x: call.hidden,
+            x: call.x,
             routing: call.routing,
             out: call.middle,
-            x_stride: c.hidden as i32,
-            length: c.hidden as i32,
-            out_stride: self.middle as i32,
-            topk: call.topk,
+            out_columns: self.middle.columns() as i32,
             kind: FIRST,
             ..common
         };
@@ -332,17 +346,15 @@ impl Mma {
             weights: second,
             x: call.middle,
             out: call.out,
-            x_stride: self.middle as i32,
-            length: self.middle as i32,
-            out_stride: c.hidden as i32,
+            out_columns: c.hidden as i32,
             kind: call.last,
             ..common
         };
         for params in [first, second] {
-            let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS);
+            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs());
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
-            let launch = Launch::new(blocks as u32, 32 * WARPS as u32).shared(ring.shared as u32).overlap(true);
+            let launch = Launch::new(blocks as u32, 32 * tile.warps() as u32).shared(ring.shared as u32).overlap(true);
             // SAFETY: the kernel's only parameter; the rest is the caller's promise.
             unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)])? };
         }
@@ -355,8 +367,9 @@ const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the 
 /// Where the parts of a workspace lie, in bytes; the list of tiles comes first.
 struct Parts {
     rows: usize,
+    /// Tokens in the plan's order, then the experts' results.
+    x: usize,
     middle: usize,
-    results: usize,
     all: usize,
 }
 
@@ -372,10 +385,11 @@ impl Parts {
             false => tokens.min(mma.group()) * c.topk,
         };
         let rows = max_tiles(assignments, c.local_experts, Tile::T16.tokens()) * TILE_BYTES;
-        let middle = rows + if batched { 0 } else { (assignments * 4).next_multiple_of(16) };
-        let results = middle + assignments.checked_mul(mma.middle * 2)?.next_multiple_of(16);
-        let all = if batched { results } else { results + assignments.checked_mul(c.hidden * 2)? };
-        Some(Self { rows, middle, results, all })
+        // Bulk copies start at 16 bytes, but memory is read in lines.
+        let x = (rows + if batched { 0 } else { assignments * 4 }).next_multiple_of(128);
+        let results = if batched { 0 } else { assignments.checked_mul(c.hidden * 2)? };
+        let middle = (x + mma.x.bytes(assignments)?.max(results)).next_multiple_of(128);
+        Some(Self { rows, x, middle, all: middle + mma.middle.bytes(assignments)? })
     }
 }
 
@@ -395,16 +409,17 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = include_str!("../../kernels/mma.cu");
         for text in [
-            "kWarps = 4, kThreads = 32 * kWarps, kSlabs = 2 * kWarps;",
+            "kWarps = kN == 128 ? 8 : 4, kThreads = 32 * kWarps;",
+            "kSlabs = 2 * kWarps;",
             "kPitch = 16 * kSlabs + 4;",
             "kMaxDepth = 8,",
-            "kTokensAt = 16 * kMaxDepth;",
+            "kRingAt = 16 * kMaxDepth;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
         ] {
             assert!(source.contains(text), "{text}");
         }
         for tile in Tile::ALL {
-            let threads = 32 * WARPS;
+            let threads = 32 * tile.warps();
             let bounds = format!("__launch_bounds__({threads}, {}) {}(", tile.resident(), tile.entry());
             assert!(source.contains(&bounds), "{bounds}");
             assert!(source.contains(&format!("moe::gemm<{}>(p)", tile.tokens())), "{tile:?}");
@@ -422,7 +437,7 @@ mod tests {
         ] {
             for tile in Tile::ALL {
                 let ring = Ring::new(f, tile, H200).unwrap();
-                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * PITCH * tile.tokens());
+                assert!(ring.depth >= 2 && ring.shared <= H200 && ring.shared >= 4 * tile.pitch() * tile.tokens());
                 assert!(tile.resident() * (ring.shared + RESERVED) <= H200 + RESERVED, "{f:?} {tile:?} {ring:?}");
             }
             // The smallest tile fits everywhere, so that every layer has a kernel.

@@ -1,4 +1,5 @@
-//! What surrounds a grouped GEMM: the plan of its tiles, and the sum over a token's experts (kernels/permute.cu).
+//! What surrounds a grouped GEMM: the plan of its tiles, the tokens in the plan's order, and the sum over a token's experts
+//! (kernels/permute.cu).
 
 use super::launch::{Arg, Launch};
 use super::module::Kernel;
@@ -14,6 +15,9 @@ pub(super) const TILE_BYTES: usize = 16;
 /// Threads of the plan's only block, and of a block of the sum.
 const PLAN_THREADS: u32 = 1024;
 const COMBINE_THREADS: usize = 256;
+/// Warps of a block that lays tokens out, and the 16-byte chunks of a row that each copies.
+const LAY_OUT_WARPS: usize = 8;
+const LAY_OUT_CHUNKS: usize = 32 * 4;
 
 /// As `PlanParams` in kernels/permute.cu.
 #[repr(C)]
@@ -32,6 +36,22 @@ struct PlanParams {
     max_tiles: i32,
 }
 
+/// As `LayOutParams` in kernels/permute.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct LayOutParams {
+    x: u64,
+    rows: u64,
+    counts: u64,
+    planes: u64,
+    count: i32,
+    topk: i32,
+    max_tokens: i32,
+    eights: i32,
+    chunks: i32,
+    planes_count: i32,
+}
+
 /// As `CombineParams` in kernels/permute.cu.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -48,7 +68,8 @@ struct CombineParams {
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<PlanParams>() == 64 && size_of::<CombineParams>() == 56);
+const _: () =
+    assert!(size_of::<PlanParams>() == 64 && size_of::<CombineParams>() == 56 && size_of::<LayOutParams>() == 56);
 
 /// The most tiles of at most `tile` assignments that so many assignments to so many experts make.
 pub(super) fn max_tiles(assignments: usize, experts: usize, tile: usize) -> usize {
@@ -65,9 +86,29 @@ pub(super) enum Source {
     Counts { counts: u64, max: usize },
 }
 
-/// Both kernels.
+/// How tokens lie for the grouped GEMM: `[planes][rows][row_bytes]`, see kernels/common/planes.cuh.
+#[derive(Clone, Copy)]
+pub(super) struct Planes {
+    pub count: usize,
+    pub row_bytes: usize,
+}
+
+impl Planes {
+    /// Bytes for so many rows.
+    pub fn bytes(self, rows: usize) -> Option<usize> {
+        rows.checked_mul(self.count * self.row_bytes)
+    }
+
+    /// 16-bit columns of all planes.
+    pub fn columns(self) -> usize {
+        self.count * self.row_bytes / 2
+    }
+}
+
+/// The kernels.
 pub(super) struct Permute {
     plan: Kernel,
+    lay_out: Kernel,
     combine: Kernel,
     config: MoeConfig,
 }
@@ -93,7 +134,13 @@ impl Permute {
             return Err(CudaError::Argument("cuda_mma takes at most 1024 local experts and a top-k of at most 32"));
         }
         let combine = if config.input == InputType::F16 { "moe_combine_f16" } else { "moe_combine_bf16" };
-        Ok(Self { plan: gpu.kernel("permute", "moe_plan")?, combine: gpu.kernel("permute", combine)?, config: *config })
+        let kernel = |entry| gpu.kernel("permute", entry);
+        Ok(Self {
+            plan: kernel("moe_plan")?,
+            lay_out: kernel("moe_lay_out")?,
+            combine: kernel(combine)?,
+            config: *config,
+        })
     }
 
     /// Writes `max_tiles` tiles of at most `tile` assignments, and the sorted assignments.
@@ -126,6 +173,44 @@ impl Permute {
         };
         // SAFETY: the kernel's only parameter; the rest is the caller's promise.
         unsafe { Launch::new(1, PLAN_THREADS).overlap(true).run(stream, &self.plan, &mut [Arg::new(&params)]) }
+    }
+
+    /// Lays out the tokens `x` (`[tokens, hidden]`, 16-bit) in the plan's order, in planes of `rows` rows.
+    ///
+    /// # Safety
+    /// As for [`plan`](Self::plan), which must have run on the stream with the same source; `x` must hold the tokens and
+    /// `to` the planes, both aligned to 16 bytes.
+    pub unsafe fn lay_out(
+        &self,
+        stream: &Stream,
+        source: Source,
+        x: u64,
+        to: u64,
+        planes: Planes,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let c = &self.config;
+        let common = LayOutParams {
+            x,
+            planes: to,
+            count: rows as i32,
+            topk: c.topk as i32,
+            eights: (c.hidden / 8) as i32,
+            chunks: (planes.row_bytes / 16) as i32,
+            planes_count: planes.count as i32,
+            ..bytemuck::Zeroable::zeroed()
+        };
+        let params = match source {
+            Source::Ids { rows, .. } => LayOutParams { rows, ..common },
+            Source::Counts { counts, max } => LayOutParams { counts, max_tokens: max as i32, ..common },
+        };
+        let parts = (planes.row_bytes / 16 * planes.count).div_ceil(LAY_OUT_CHUNKS);
+        let blocks = u32::try_from((rows * parts).div_ceil(LAY_OUT_WARPS)).ok().filter(|b| *b <= i32::MAX as u32);
+        let blocks =
+            blocks.ok_or(CudaError::Argument("the call is too large for a grid of the GPU: split the batch"))?;
+        let launch = Launch::new(blocks, 32 * LAY_OUT_WARPS as u32).overlap(true);
+        // SAFETY: the kernel's only parameter; the rest is the caller's promise.
+        unsafe { launch.run(stream, &self.lay_out, &mut [Arg::new(&params)]) }
     }
 
     /// Sums the slots' results of so many tokens.
@@ -162,7 +247,13 @@ mod tests {
     #[test]
     fn the_kernels_have_the_same_numbers() {
         let source = include_str!("../../kernels/permute.cu");
-        for text in ["kThreads = 1024;", "kMaxExperts = kThreads;", "kCombineThreads = 256;", "kMaxTopk = 32;"] {
+        for text in [
+            "kThreads = 1024;",
+            "kMaxExperts = kThreads;",
+            "kCombineThreads = 256;",
+            "kMaxTopk = 32;",
+            "kLayOutWarps = 8, kEach = 4;",
+        ] {
             assert!(source.contains(text), "{text}");
         }
         assert_eq!((PLAN_THREADS as usize, COMBINE_THREADS, MAX_TOPK), (MAX_EXPERTS, 256, 32));
