@@ -14,6 +14,8 @@ constexpr int LANES = 32;
 
 enum Elem : int { BF16, F16, E4M3, E2M1, INT8, U4, U8 };
 enum ScaleType : int { SCALE_F32, SCALE_E8M0, SCALE_E4M3 };
+// The order of InputType::ALL.
+enum Input : int { INPUT_BF16, INPUT_F16, INPUT_F32 };
 
 // A matrix, row-major. One scale, and one zero point, for `scale_rows` x `scale_cols` elements.
 struct Matrix {
@@ -36,18 +38,19 @@ struct Layer {
     const Expert* local;
     int hidden, inter;
     int experts, local_experts, topk;
-    int bf16, weight_on_input;  // 0 or 1
+    int input;            // an Input
+    int weight_on_input;  // 0 or 1
     moe::Activation activation;
 };
 
 // The call, and the tokens of this launch.
 struct Call {
-    const uint16_t* hidden;  // [T, H]
+    const void* hidden;      // [T, H] of the input type
     const int* ids;          // [T, k]
     const float* weights;    // [T, k]
     const int* map;          // [E], local ids; null: every expert is local
     float* middle;           // [tokens of the launch, k, I]
-    uint16_t* output;        // [T, H]
+    void* output;            // [T, H] of the input type
     int64_t first, tokens;
 };
 
@@ -56,6 +59,19 @@ static_assert(sizeof(Expert) == 192 && sizeof(Layer) == 56 && sizeof(Call) == 64
 
 __device__ float half_value(bool bf16, uint16_t bits) {
     return bf16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+}
+
+__device__ float read(int input, const void* rows, int64_t at) {
+    if (input == INPUT_F32) return static_cast<const float*>(rows)[at];
+    return half_value(input == INPUT_BF16, static_cast<const uint16_t*>(rows)[at]);
+}
+
+__device__ void write(int input, void* rows, int64_t at, float x) {
+    switch (input) {
+        case INPUT_BF16: static_cast<__nv_bfloat16*>(rows)[at] = __float2bfloat16_rn(x); break;
+        case INPUT_F16: static_cast<__half*>(rows)[at] = __float2half_rn(x); break;
+        default: static_cast<float*>(rows)[at] = x;
+    }
 }
 
 // A number of 1 + exponent + mantissa bits, subnormals included. The formats have neither infinities nor, in checked
@@ -135,9 +151,9 @@ extern "C" __global__ void emulation_first(Layer layer, Call call) {
         const int row = static_cast<int>(n % layer.inter);
         const Expert* e = expert(layer, call, slot);
         if (e == nullptr) continue;
-        const uint16_t* hidden = call.hidden + slot / layer.topk * layer.hidden;
+        const int64_t first = slot / layer.topk * layer.hidden;
         const float factor = layer.weight_on_input ? call.weights[slot] : 1.f;
-        const auto x = [&](int col) { return half_value(layer.bf16, hidden[col]) * factor; };
+        const auto x = [&](int col) { return read(layer.input, call.hidden, first + col) * factor; };
         const float gate = moe::gated(layer.activation) ? project(e->gate, e->gate_bias, row, layer.hidden, x) : 0.f;
         const float up = project(e->up, e->up_bias, row, layer.hidden, x);
         if (threadIdx.x % LANES == 0) call.middle[n] = moe::apply(layer.activation, gate, up);
@@ -160,8 +176,7 @@ extern "C" __global__ void emulation_second(Layer layer, Call call) {
             sum += layer.weight_on_input ? y : call.weights[slot] * y;
         }
         if (threadIdx.x % LANES == 0) {
-            call.output[(call.first + token) * layer.hidden + row] =
-                layer.bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(sum)) : __half_as_ushort(__float2half_rn(sum));
+            write(layer.input, call.output, (call.first + token) * layer.hidden + row, sum);
         }
     }
 }

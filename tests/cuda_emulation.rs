@@ -13,7 +13,7 @@ use moe_oracle::oracle::{DynOracle, ORACLES};
 use moe_oracle::scheme::QuantKey;
 use moe_oracle::weights::Scales;
 
-const TYPES: [InputType; 2] = [InputType::Bf16, InputType::F16];
+const TYPES: [InputType; 3] = InputType::ALL;
 
 /// Bytes after output and workspace that nobody may write.
 const GUARD: usize = 512;
@@ -37,17 +37,20 @@ fn emulation(stream: &Stream, layer: &Layer) -> Emulation {
     Emulation::new(stream, &layer.weights, &layer.config).unwrap_or_else(|e| panic!("{}: {e}", layer.oracle.alias))
 }
 
-fn to_bits(ty: InputType, x: &[f32]) -> Vec<u16> {
+fn to_bytes(ty: InputType, x: &[f32]) -> Vec<u8> {
     match ty {
-        InputType::Bf16 => x.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect(),
-        _ => x.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect(),
+        InputType::Bf16 => x.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        InputType::F16 => x.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        InputType::F32 => x.iter().flat_map(|v| v.to_le_bytes()).collect(),
     }
 }
 
-fn from_bits(ty: InputType, x: &[u16]) -> Vec<f32> {
+fn from_bytes(ty: InputType, x: &[u8]) -> Vec<f32> {
+    let pairs = || x.chunks_exact(2).map(|b| [b[0], b[1]]);
     match ty {
-        InputType::Bf16 => x.iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect(),
-        _ => x.iter().map(|v| half::f16::from_bits(*v).to_f32()).collect(),
+        InputType::Bf16 => pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+        InputType::F16 => pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        InputType::F32 => x.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
     }
 }
 
@@ -59,6 +62,7 @@ struct Memory {
     ids: DeviceBuffer,
     weights: DeviceBuffer,
     output: DeviceBuffer,
+    /// Bytes.
     output_len: usize,
     workspace: DeviceBuffer,
     workspace_len: usize,
@@ -70,11 +74,11 @@ impl Memory {
         let workspace_len = e.workspace_bytes(tokens);
         Self {
             tokens,
-            hidden: DeviceBuffer::of(stream, &to_bits(c.input, x)).unwrap(),
+            hidden: DeviceBuffer::of(stream, &to_bytes(c.input, x)).unwrap(),
             ids: DeviceBuffer::of(stream, ids).unwrap(),
             weights: DeviceBuffer::of(stream, weights).unwrap(),
-            output: DeviceBuffer::of(stream, &vec![0xff_u8; 2 * x.len() + GUARD]).unwrap(),
-            output_len: x.len(),
+            output: DeviceBuffer::of(stream, &vec![0xff_u8; c.input.bytes() * x.len() + GUARD]).unwrap(),
+            output_len: c.input.bytes() * x.len(),
             workspace: DeviceBuffer::of(stream, &vec![0xff_u8; workspace_len + GUARD]).unwrap(),
             workspace_len,
         }
@@ -90,11 +94,11 @@ impl Memory {
         }
     }
 
-    /// The output's bits, after a look at the guards.
-    fn output(&self, stream: &Stream) -> Vec<u16> {
+    /// The output's bytes, after a look at the guards.
+    fn output(&self, stream: &Stream) -> Vec<u8> {
         let mut out = vec![0; self.output_len];
         self.output.download(stream, 0, &mut out).unwrap();
-        for (buffer, at) in [(&self.output, 2 * self.output_len), (&self.workspace, self.workspace_len)] {
+        for (buffer, at) in [(&self.output, self.output_len), (&self.workspace, self.workspace_len)] {
             let mut guard = [0_u8; GUARD];
             buffer.download(stream, at, &mut guard).unwrap();
             assert!(guard.iter().all(|b| *b == 0xff), "wrote beyond the end");
@@ -103,7 +107,7 @@ impl Memory {
     }
 }
 
-/// One call; the output's bits.
+/// One call; the output's bytes.
 fn call(
     stream: &Stream,
     e: &Emulation,
@@ -112,19 +116,23 @@ fn call(
     ids: &[i32],
     weights: &[f32],
     map: Option<&[i32]>,
-) -> Vec<u16> {
+) -> Vec<u8> {
     let memory = Memory::new(stream, e, c, x, ids, weights);
     let map = map.map(|m| DeviceBuffer::of(stream, m).unwrap());
     // SAFETY: emulation, memory and map live until the download has waited for the kernels; nothing else runs.
     unsafe { e.forward(stream, &memory.tensors(), memory.tokens, map.as_ref().map(|m| m.ptr())) }.unwrap();
     let out = memory.output(stream);
-    assert!(from_bits(c.input, &out).iter().all(|v| !v.is_nan()), "an output element is NaN or was not written");
+    assert!(from_bytes(c.input, &out).iter().all(|v| !v.is_nan()), "an output element is NaN or was not written");
     out
 }
 
 /// As `bound` of tests/layers.rs for exact activations.
 fn bound(c: &MoeConfig) -> f64 {
-    2e-5 + if c.input == InputType::Bf16 { 4e-3 } else { 6e-4 }
+    2e-5 + match c.input {
+        InputType::Bf16 => 4e-3,
+        InputType::F16 => 6e-4,
+        InputType::F32 => 0.0,
+    }
 }
 
 /// Compares one batch with the reference, which leaves activations exact too.
@@ -134,7 +142,7 @@ fn check(stream: &Stream, layer: &Layer, rng: &mut Rng, tokens: usize, skew: Ske
     let (ids, weights) = route(rng, tokens, c, skew);
     let have = call(stream, &emulation(stream, layer), c, &x, &ids, &weights, None);
     let want = Reference::new(layer, None).forward(&x, &ids, &weights, None);
-    let error = relative_error(&from_bits(c.input, &have), &want);
+    let error = relative_error(&from_bytes(c.input, &have), &want);
     assert!(error < bound(c), "{}, {tokens} tokens, {c:?}: {error:e}", layer.oracle.alias);
 }
 
@@ -145,7 +153,7 @@ fn every_oracle_is_near_float64() {
         for (m, (h, i)) in [(2880, 32), (64, 1408), (704, 96), (96, 352), (192, 192)].into_iter().enumerate() {
             let mut rng = Rng((n * 100 + m) as u64);
             let activation = if m % 2 == 0 { GATED[(n + m) % GATED.len()] } else { UNGATED[(n + m) % UNGATED.len()] };
-            let (bias, input) = ((n + m) % 3 == 0, TYPES[(n + m) % 2]);
+            let (bias, input) = ((n + m) % 3 == 0, TYPES[(n + m) % 3]);
             let c = MoeConfig { activation, bias, input, ..MoeConfig::new(4, 2, h, i) };
             check(&stream, &weights::layer(&mut rng, oracle, c), &mut rng, 7, Skew::Uniform);
         }
@@ -165,7 +173,7 @@ fn every_activation_with_biases() {
 }
 
 #[test]
-fn both_input_types_and_the_weight_on_the_input() {
+fn every_input_type_and_the_weight_on_the_input() {
     let Some(stream) = stream() else { return };
     for alias in ["Bf16", "Fp8Block", "Nvfp4W4A4", "Int8Tensor", "Int4"] {
         for input in TYPES {
@@ -216,7 +224,7 @@ fn permuted_groups_with_and_without_zero_points_in_both_half_types() {
             let mut rng = Rng(3600 + style as u64);
             let c = MoeConfig { input: InputType::F16, ..MoeConfig::new(4, 2, 192, 128) };
             let mut layer = weights::layer(&mut rng, oracle(alias), c);
-            let key = QuantKey::from_bits(layer.oracle.weight);
+            let key = QuantKey::from_bytes(layer.oracle.weight);
             for e in &mut layer.weights.experts {
                 e.up = weights::matrix(&mut rng, key, 128, 192, style);
                 e.down = weights::matrix(&mut rng, key, 192, 128, style);
@@ -249,7 +257,7 @@ fn ranks_compute_their_experts_and_nothing_else() {
             let e = emulation(&stream, &layer);
             let have = call(&stream, &e, &config, &x, &ids, &weights, Some(&map));
             let want = Reference::new(&layer, None).forward(&x, &ids, &weights, Some(&map));
-            let error = relative_error(&from_bits(c.input, &have), &want);
+            let error = relative_error(&from_bytes(c.input, &have), &want);
             assert!(error < bound(&c), "{alias}, rank {rank}: {error:e}");
             // What is no local expert is none, whatever its number is; nor is an id that only the map's memory goes on to.
             let mut odd = [&map[..], &[0, 0]].concat();
@@ -277,7 +285,7 @@ fn ids_that_do_not_exist_add_nothing_and_their_weights_are_not_read() {
         // One token with no expert at all.
         ids[4..8].fill(-1);
         let want = call(&stream, &e, &c, &x, &ids, &weights, None);
-        assert!(want[64..128].iter().all(|b| *b == 0), "a token without experts becomes zero");
+        assert!(want[2 * 64..2 * 128].iter().all(|b| *b == 0), "a token without experts becomes zero");
         for absent in [-2, i32::MIN, 6, 7, i32::MAX] {
             let odd: Vec<i32> = ids.iter().map(|id| if *id < 0 { absent } else { *id }).collect();
             assert_eq!(want, call(&stream, &e, &c, &x, &odd, &weights, None), "{absent}");
@@ -292,17 +300,18 @@ fn a_tokens_bits_depend_on_nothing_but_the_token() {
     let Some(stream) = stream() else { return };
     for (n, oracle) in ORACLES.iter().enumerate() {
         let mut rng = Rng(4000 + n as u64);
-        let c = MoeConfig { input: TYPES[n % 2], ..MoeConfig::new(6, 3, 192, 96) };
+        let c = MoeConfig { input: TYPES[n % 3], ..MoeConfig::new(6, 3, 192, 96) };
         let layer = weights::layer(&mut rng, oracle, c);
         let e = emulation(&stream, &layer);
         let x = hidden(&mut rng, 33, &c);
         let (ids, weights) = route(&mut rng, 33, &c, Skew::Zipf);
         let all = call(&stream, &e, &c, &x, &ids, &weights, None);
         assert_eq!(all, call(&stream, &e, &c, &x, &ids, &weights, None), "{}", oracle.alias);
+        let bytes = 192 * c.input.bytes();
         for t in [0, 1, 17, 32] {
             let (row, slots) = (t * 192..(t + 1) * 192, t * 3..(t + 1) * 3);
-            let alone = call(&stream, &e, &c, &x[row.clone()], &ids[slots.clone()], &weights[slots], None);
-            assert_eq!(all[row], alone, "{}, token {t}", oracle.alias);
+            let alone = call(&stream, &e, &c, &x[row], &ids[slots.clone()], &weights[slots], None);
+            assert_eq!(all[t * bytes..(t + 1) * bytes], alone, "{}, token {t}", oracle.alias);
         }
     }
 }
@@ -323,7 +332,7 @@ fn more_tokens_than_one_launch_takes() {
     for t in [0, once - 1, once, tokens - 1] {
         let (x, slots) = (&x[t * h..(t + 1) * h], t * k..(t + 1) * k);
         let alone = call(&stream, &e, &c, x, &ids[slots.clone()], &weights[slots], None);
-        assert_eq!(all[t * h..(t + 1) * h], alone, "token {t}");
+        assert_eq!(all[2 * t * h..2 * (t + 1) * h], alone, "token {t}");
     }
 }
 
@@ -343,7 +352,7 @@ fn a_replayed_graph_gives_the_bits_of_an_eager_call() {
         for replay in 0..3 {
             let x = hidden(&mut rng, 9, &c);
             let (ids, weights) = route(&mut rng, 9, &c, Skew::Holes);
-            memory.hidden.upload(&stream, 0, &to_bits(c.input, &x)).unwrap();
+            memory.hidden.upload(&stream, 0, &to_bytes(c.input, &x)).unwrap();
             memory.ids.upload(&stream, 0, &ids).unwrap();
             memory.weights.upload(&stream, 0, &weights).unwrap();
             // SAFETY: as above.
@@ -369,8 +378,8 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
     // SAFETY: refused calls launch nothing.
     let refused = |t: Tensors<'_>, tokens, map| unsafe { e.forward(&stream, &t, tokens, map) };
     let argument = |r: Result<(), CudaError>| assert!(matches!(r, Err(CudaError::Argument(_))), "{r:?}");
-    argument(refused(Tensors { hidden: all.hidden.slice(0, 95).unwrap(), ..all }, 3, None));
-    argument(refused(Tensors { output: all.output.slice(0, 95).unwrap(), ..all }, 3, None));
+    argument(refused(Tensors { hidden: all.hidden.slice(0, 2 * 96 - 1).unwrap(), ..all }, 3, None));
+    argument(refused(Tensors { output: all.output.slice(0, 2 * 96 - 1).unwrap(), ..all }, 3, None));
     argument(refused(Tensors { topk_ids: all.topk_ids.slice(0, 5).unwrap(), ..all }, 3, None));
     argument(refused(Tensors { topk_weights: all.topk_weights.slice(0, 5).unwrap(), ..all }, 3, None));
     let short = memory.workspace_len - 1;
@@ -386,13 +395,17 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
         workspace: DevicePtr::NULL,
     };
     assert_eq!((refused(nothing, 0, None), e.workspace_bytes(0)), (Ok(()), 0));
-    assert!(memory.output(&stream).iter().all(|b| *b == 0xffff));
+    assert!(memory.output(&stream).iter().all(|b| *b == 0xff));
 
     let new = |weights: &_, c: MoeConfig| Emulation::new(&stream, weights, &c).err();
     assert!(matches!(
-        new(&layer.weights, MoeConfig { input: InputType::F32, ..c }),
+        new(&layer.weights, MoeConfig { format: ActivationFormat::Batched, ..c }),
         Some(EmulationError::Cuda(CudaError::Argument(_)))
     ));
+    // The same bytes are half as many float32 elements.
+    let wide = Emulation::new(&stream, &layer.weights, &MoeConfig { input: InputType::F32, ..c }).unwrap();
+    // SAFETY: as above.
+    argument(unsafe { wide.forward(&stream, &all, 3, None) });
     for c in [
         MoeConfig { hidden: 64, ..c },
         MoeConfig { local_experts: 3, ..c },

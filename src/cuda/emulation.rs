@@ -10,7 +10,7 @@ use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::{CudaError, Stream};
-use crate::config::{ActivationFormat, InputType, MoeConfig};
+use crate::config::{ActivationFormat, MoeConfig};
 use crate::weights::{MoeWeights, WeightError};
 use arena::Arena;
 use bytemuck::{Pod, Zeroable};
@@ -56,7 +56,8 @@ struct Layer {
     experts: i32,
     local_experts: i32,
     topk: i32,
-    bf16: i32,
+    /// By its place in `InputType::ALL`.
+    input: i32,
     weight_on_input: i32,
     activation: Activation,
     _pad: i32,
@@ -182,11 +183,6 @@ fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
     if config.format != ActivationFormat::Standard {
         return Err("the emulation on the GPU takes the standard activation format only");
     }
-    let bf16 = match config.input {
-        InputType::Bf16 => 1,
-        InputType::F16 => 0,
-        InputType::F32 => return Err("hidden states on the GPU are bf16 or f16, not float32"),
-    };
     // The largest layer of one token, 4 GiB between the projections, is far beyond any model.
     if config.topk.checked_mul(config.intermediate).is_none_or(|n| n > 1 << 30) {
         return Err("top-k times the intermediate size is beyond any model (2^30)");
@@ -200,7 +196,7 @@ fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
         experts: int(config.experts),
         local_experts: int(config.local_experts),
         topk: int(config.topk),
-        bf16,
+        input: config.input as i32,
         weight_on_input: i32::from(config.weight_on_input),
         activation: Activation::of(config.activation),
         _pad: 0,

@@ -48,7 +48,6 @@ fn what_the_kernels_cannot_read_is_refused() {
     let mx = |rows: usize| Scales::E8m0(vec![127; rows].into());
     assert!(refused(&weights(WeightElem::Quant(Elem::U8), mx)).contains("U8"));
     for config in [
-        MoeConfig { input: InputType::F32, ..CONFIG },
         MoeConfig { format: ActivationFormat::Batched, ..CONFIG },
         MoeConfig { topk: 0, ..CONFIG },
         MoeConfig { experts: 1 << 20, topk: 1 << 10, intermediate: 1 << 24, ..CONFIG },
