@@ -17,6 +17,7 @@ mod launch;
 mod memory;
 mod module;
 pub mod pack;
+pub mod quantize;
 pub mod routing;
 mod stream;
 
