@@ -6,11 +6,14 @@ mod common;
 
 use common::reference::Reference;
 use common::*;
+use moe_oracle::checkpoint::Checkpoint;
 use moe_oracle::config::*;
 use moe_oracle::cuda::emulation::{Emulation, EmulationError};
 use moe_oracle::cuda::{CudaError, DeviceBuffer, DevicePtr, Gpu, Graph, Stream, Tensors};
-use moe_oracle::oracle::{DynOracle, ORACLES};
-use moe_oracle::scheme::QuantKey;
+use moe_oracle::layer::{Device, LayerError, LayerOptions};
+use moe_oracle::oracle::{DynOracle, ORACLES, SelectInputs};
+use moe_oracle::platform::Platform;
+use moe_oracle::scheme::{FP8_DYNAMIC_TOKEN_SYM, FP8_STATIC_TENSOR_SYM, INT4_STATIC, QuantKey};
 use moe_oracle::weights::Scales;
 
 const TYPES: [InputType; 3] = InputType::ALL;
@@ -33,8 +36,18 @@ fn stream() -> Option<Stream> {
     }
 }
 
+/// The layer's activation key.
+fn key(layer: &Layer) -> Option<QuantKey> {
+    QuantKey::from_bits(layer.oracle.activation)
+}
+
+fn with_key(stream: &Stream, layer: &Layer, key: Option<QuantKey>) -> Emulation {
+    Emulation::new(stream, &layer.weights, key, &layer.config).unwrap_or_else(|e| panic!("{}: {e}", layer.oracle.alias))
+}
+
+/// As the oracle's keys ask.
 fn emulation(stream: &Stream, layer: &Layer) -> Emulation {
-    Emulation::new(stream, &layer.weights, &layer.config).unwrap_or_else(|e| panic!("{}: {e}", layer.oracle.alias))
+    with_key(stream, layer, key(layer))
 }
 
 fn to_bytes(ty: InputType, x: &[f32]) -> Vec<u8> {
@@ -126,24 +139,28 @@ fn call(
     out
 }
 
-/// As `bound` of tests/layers.rs for exact activations.
-fn bound(c: &MoeConfig) -> f64 {
-    2e-5 + match c.input {
+/// As `bound` of tests/layers.rs.
+fn bound(c: &MoeConfig, key: Option<QuantKey>) -> f64 {
+    let out = match c.input {
         InputType::Bf16 => 4e-3,
         InputType::F16 => 6e-4,
         InputType::F32 => 0.0,
-    }
+    };
+    out + if key.is_some() { 5e-3 } else { 2e-5 }
 }
 
-/// Compares one batch with the reference, which leaves activations exact too.
+/// Compares one batch with the reference, with activations as the key asks and with exact ones.
 fn check(stream: &Stream, layer: &Layer, rng: &mut Rng, tokens: usize, skew: Skew) {
     let c = &layer.config;
     let x = hidden(rng, tokens, c);
     let (ids, weights) = route(rng, tokens, c, skew);
-    let have = call(stream, &emulation(stream, layer), c, &x, &ids, &weights, None);
-    let want = Reference::new(layer, None).forward(&x, &ids, &weights, None);
-    let error = relative_error(&from_bytes(c.input, &have), &want);
-    assert!(error < bound(c), "{}, {tokens} tokens, {c:?}: {error:e}", layer.oracle.alias);
+    for key in key(layer).map(Some).into_iter().chain([None]) {
+        let have = call(stream, &with_key(stream, layer, key), c, &x, &ids, &weights, None);
+        let want = Reference::new(layer, key).forward(&x, &ids, &weights, None);
+        let error = relative_error(&from_bytes(c.input, &have), &want);
+        let alias = layer.oracle.alias;
+        assert!(error < bound(c, key), "{alias}, {tokens} tokens, activations {key:?}, {c:?}: {error:e}");
+    }
 }
 
 #[test]
@@ -224,7 +241,7 @@ fn permuted_groups_with_and_without_zero_points_in_both_half_types() {
             let mut rng = Rng(3600 + style as u64);
             let c = MoeConfig { input: InputType::F16, ..MoeConfig::new(4, 2, 192, 128) };
             let mut layer = weights::layer(&mut rng, oracle(alias), c);
-            let key = QuantKey::from_bytes(layer.oracle.weight);
+            let key = QuantKey::from_bits(layer.oracle.weight);
             for e in &mut layer.weights.experts {
                 e.up = weights::matrix(&mut rng, key, 128, 192, style);
                 e.down = weights::matrix(&mut rng, key, 192, 128, style);
@@ -256,9 +273,9 @@ fn ranks_compute_their_experts_and_nothing_else() {
             let layer = Layer { oracle: whole.oracle, config, weights: part };
             let e = emulation(&stream, &layer);
             let have = call(&stream, &e, &config, &x, &ids, &weights, Some(&map));
-            let want = Reference::new(&layer, None).forward(&x, &ids, &weights, Some(&map));
+            let want = Reference::new(&layer, key(&layer)).forward(&x, &ids, &weights, Some(&map));
             let error = relative_error(&from_bytes(c.input, &have), &want);
-            assert!(error < bound(&c), "{alias}, rank {rank}: {error:e}");
+            assert!(error < bound(&c, key(&layer)), "{alias}, rank {rank}: {error:e}");
             // What is no local expert is none, whatever its number is; nor is an id that only the map's memory goes on to.
             let mut odd = [&map[..], &[0, 0]].concat();
             let odd_ids: Vec<i32> = ids.iter().map(|id| if *id == -1 { 11 } else { *id }).collect();
@@ -275,10 +292,10 @@ fn ranks_compute_their_experts_and_nothing_else() {
 #[test]
 fn ids_that_do_not_exist_add_nothing_and_their_weights_are_not_read() {
     let Some(stream) = stream() else { return };
-    for weight_on_input in [false, true] {
+    for (weight_on_input, alias) in [(false, "Bf16"), (true, "Bf16"), (false, "Fp8Channel"), (true, "Fp8Tensor")] {
         let mut rng = Rng(5500);
         let c = MoeConfig { bias: true, weight_on_input, ..MoeConfig::new(6, 4, 64, 40) };
-        let layer = weights::layer(&mut rng, oracle("Bf16"), c);
+        let layer = weights::layer(&mut rng, oracle(alias), c);
         let e = emulation(&stream, &layer);
         let x = hidden(&mut rng, 16, &c);
         let (mut ids, mut weights) = route(&mut rng, 16, &c, Skew::Holes);
@@ -319,27 +336,29 @@ fn a_tokens_bits_depend_on_nothing_but_the_token() {
 #[test]
 fn more_tokens_than_one_launch_takes() {
     let Some(stream) = stream() else { return };
-    let mut rng = Rng(4500);
-    let (h, k, tokens) = (16, 32, 1100);
-    let c = MoeConfig::new(32, k, h, 2048);
-    let layer = weights::layer(&mut rng, oracle("Int8ChannelWeightOnly"), c);
-    let e = emulation(&stream, &layer);
-    let once = e.workspace_bytes(usize::MAX) / e.workspace_bytes(1);
-    assert!(once > 1 && once < tokens, "{once}");
-    let x = hidden(&mut rng, tokens, &c);
-    let (ids, weights) = route(&mut rng, tokens, &c, Skew::Holes);
-    let all = call(&stream, &e, &c, &x, &ids, &weights, None);
-    for t in [0, once - 1, once, tokens - 1] {
-        let (x, slots) = (&x[t * h..(t + 1) * h], t * k..(t + 1) * k);
-        let alone = call(&stream, &e, &c, x, &ids[slots.clone()], &weights[slots], None);
-        assert_eq!(all[2 * t * h..2 * (t + 1) * h], alone, "token {t}");
+    for alias in ["Int8ChannelWeightOnly", "Int8Channel"] {
+        let mut rng = Rng(4500);
+        let (h, k, tokens) = (16, 32, 1100);
+        let c = MoeConfig::new(32, k, h, 2048);
+        let layer = weights::layer(&mut rng, oracle(alias), c);
+        let e = emulation(&stream, &layer);
+        let once = e.workspace_bytes(usize::MAX) / e.workspace_bytes(1);
+        assert!(once > 1 && once < tokens, "{once}");
+        let x = hidden(&mut rng, tokens, &c);
+        let (ids, weights) = route(&mut rng, tokens, &c, Skew::Holes);
+        let all = call(&stream, &e, &c, &x, &ids, &weights, None);
+        for t in [0, once - 1, once, tokens - 1] {
+            let (x, slots) = (&x[t * h..(t + 1) * h], t * k..(t + 1) * k);
+            let alone = call(&stream, &e, &c, x, &ids[slots.clone()], &weights[slots], None);
+            assert_eq!(all[2 * t * h..2 * (t + 1) * h], alone, "{alias}, token {t}");
+        }
     }
 }
 
 #[test]
 fn a_replayed_graph_gives_the_bits_of_an_eager_call() {
     let Some(stream) = stream() else { return };
-    for alias in ["Bf16", "Mxfp4W4A16"] {
+    for alias in ["Bf16", "Mxfp4W4A16", "Nvfp4Token"] {
         let mut rng = Rng(6000);
         let c = MoeConfig::new(8, 3, 192, 96);
         let layer = weights::layer(&mut rng, oracle(alias), c);
@@ -397,13 +416,13 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
     assert_eq!((refused(nothing, 0, None), e.workspace_bytes(0)), (Ok(()), 0));
     assert!(memory.output(&stream).iter().all(|b| *b == 0xff));
 
-    let new = |weights: &_, c: MoeConfig| Emulation::new(&stream, weights, &c).err();
+    let new = |weights: &_, c: MoeConfig| Emulation::new(&stream, weights, None, &c).err();
     assert!(matches!(
         new(&layer.weights, MoeConfig { format: ActivationFormat::Batched, ..c }),
         Some(EmulationError::Cuda(CudaError::Argument(_)))
     ));
     // The same bytes are half as many float32 elements.
-    let wide = Emulation::new(&stream, &layer.weights, &MoeConfig { input: InputType::F32, ..c }).unwrap();
+    let wide = Emulation::new(&stream, &layer.weights, None, &MoeConfig { input: InputType::F32, ..c }).unwrap();
     // SAFETY: as above.
     argument(unsafe { wide.forward(&stream, &all, 3, None) });
     for c in [
@@ -411,17 +430,34 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
         MoeConfig { local_experts: 3, ..c },
         MoeConfig { activation: Activation::GeluNoMul, ..c },
     ] {
-        assert!(matches!(new(&layer.weights, c), Some(EmulationError::Weights(_))), "{c:?}");
+        assert!(matches!(new(&layer.weights, c), Some(EmulationError::Convert(_))), "{c:?}");
     }
     let mut broken = layer.weights.clone();
     broken.experts[2].down.codes.truncate(100);
     let why = new(&broken, c).unwrap().to_string();
     assert!(why.contains("experts.2.w2"), "{why}");
+    // Stored activation scales must be there where the key needs them.
+    let mut scaleless = layer.weights.clone();
+    scaleless.experts[1].down_input_scale = None;
+    let keyed = |key| Emulation::new(&stream, &scaleless, Some(key), &c).err();
+    assert!(matches!(keyed(FP8_STATIC_TENSOR_SYM), Some(EmulationError::Scales(_))));
+    assert!(keyed(FP8_DYNAMIC_TOKEN_SYM).is_none());
+    assert!(matches!(keyed(INT4_STATIC), Some(EmulationError::Cuda(CudaError::Argument(_)))));
     // A rank that holds some of the experts needs to know which.
     let mut part = layer.weights.clone();
     part.experts.truncate(2);
-    let e = Emulation::new(&stream, &part, &MoeConfig { local_experts: 2, ..c }).unwrap();
+    let e = Emulation::new(&stream, &part, None, &MoeConfig { local_experts: 2, ..c }).unwrap();
     // SAFETY: as above.
     argument(unsafe { e.forward(&stream, &all, 3, None) });
     stream.synchronize().unwrap();
+}
+
+#[test]
+fn a_backend_of_the_cpu_does_not_run_behind_a_gpus_back() {
+    let Some(stream) = stream() else { return };
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/16_gpt_oss_mxfp4");
+    let layer = Checkpoint::open(fixture.as_ref()).unwrap().layer(0).unwrap();
+    let options = LayerOptions { platform: Platform::cpu(), inputs: SelectInputs::AUTO, exact_activations: false };
+    let said = moe_oracle::layer::Layer::on(layer, &options, Device::Gpu(&stream.into())).err().unwrap();
+    assert!(matches!(said, LayerError::Device), "{said}");
 }

@@ -8,15 +8,21 @@ use super::pack::PackedExperts;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::kernel;
-use crate::oracle::ConvertError;
+use crate::oracle::{self, ConvertError};
+use crate::scheme::QuantKey;
 use crate::weights::{ExpertWeights, MoeWeights};
 
 /// Weights in the layout of a GPU backend, still on the host.
 pub enum GpuWeights {
     /// For `cuda_decode`.
     Decode(PackedExperts),
-    /// For `cuda_emulation`, as read.
-    Emulation(MoeWeights),
+    /// For `cuda_emulation`.
+    Emulation {
+        /// As read.
+        weights: MoeWeights,
+        /// What the input of each GEMM is quantised to; `None`: activations stay exact.
+        activation: Option<QuantKey>,
+    },
 }
 
 impl GpuWeights {
@@ -24,7 +30,7 @@ impl GpuWeights {
     pub fn bytes_per_expert(&self) -> usize {
         match self {
             GpuWeights::Decode(packed) => packed.bytes_per_expert,
-            GpuWeights::Emulation(weights) => weights.experts.first().map_or(0, ExpertWeights::bytes),
+            GpuWeights::Emulation { weights, .. } => weights.experts.first().map_or(0, ExpertWeights::bytes),
         }
     }
 }
@@ -74,22 +80,14 @@ impl CudaKernel {
         if config.format == ActivationFormat::Standard || map.is_some() {
             kernel::check_map(map, config)?;
         }
-        let (experts, hidden, intermediate, gated) = match weights {
-            GpuWeights::Decode(p) => (p.experts, p.hidden, p.intermediate, p.gated),
-            GpuWeights::Emulation(w) => (w.experts.len(), w.hidden(), w.intermediate(), w.gated()),
-        };
-        let sizes = [
-            ("the number of experts", experts, config.local_experts),
-            ("the hidden size", hidden, config.hidden),
-            ("the intermediate size", intermediate, config.intermediate),
-            ("gated (0 or 1)", usize::from(gated), usize::from(config.activation.gated())),
-        ];
-        if let Some(&(what, have, want)) = sizes.iter().find(|(_, have, want)| have != want) {
-            return Err(ConvertError::Shape { what, have, want }.into());
-        }
         let experts = match weights {
-            GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),
-            GpuWeights::Emulation(weights) => Experts::Emulation(Emulation::new(stream, weights, config)?),
+            GpuWeights::Decode(packed) => {
+                oracle::check_sizes(config, [packed.experts, packed.hidden, packed.intermediate], Some(packed.gated))?;
+                Experts::Decode(Decode::new(stream, packed, config)?)
+            }
+            GpuWeights::Emulation { weights, activation } => {
+                Experts::Emulation(Emulation::new(stream, weights, *activation, config)?)
+            }
         };
         let map = map.map(|m| DeviceBuffer::of(stream, m)).transpose()?;
         Ok(Self { config: *config, map, experts, bytes_per_expert: weights.bytes_per_expert() })

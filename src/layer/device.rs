@@ -39,6 +39,8 @@ impl Kernel {
             (KernelWeights::Gpu(weights), Device::Gpu(stream)) => {
                 Ok(Kernel::Gpu(stream.clone(), crate::cuda::CudaKernel::new(stream, &weights, config, None)?))
             }
+            #[cfg(feature = "cuda")]
+            (_, Device::Gpu(_)) => Err(LayerError::Device),
             (weights, _) => Ok(Kernel::Cpu(MoeKernel::new(weights.into_experts(config, quant)?, config, None)?)),
         }
     }

@@ -37,7 +37,7 @@ pub enum ExpertsKind {
     Decode,
     /// CUDA kernels on tensor cores, for many tokens.
     Mma,
-    /// CUDA kernels that compute from the definition over canonical weights; activations stay exact.
+    /// CUDA kernels that compute from the definition over canonical weights.
     Emulation,
 }
 
