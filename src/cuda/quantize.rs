@@ -14,39 +14,45 @@ use crate::config::InputType;
 use crate::scheme::*;
 use bytemuck::{Pod, Zeroable};
 
-/// A kernel's name and its entries by the place of their input type in `InputType::ALL`.
-macro_rules! entries {
-    ($name:literal) => {
-        (
-            $name,
-            [
+/// A kernel with the keys that it serves.
+struct Served {
+    /// By the place of the input type in `InputType::ALL`.
+    entries: [&'static str; 3],
+    keys: &'static [QuantKey],
+}
+
+macro_rules! served {
+    ($name:literal, $keys:expr) => {
+        Served {
+            entries: [
                 concat!("quantize_", $name, "_bf16"),
                 concat!("quantize_", $name, "_f16"),
                 concat!("quantize_", $name, "_f32"),
             ],
-        )
+            keys: &$keys,
+        }
     };
 }
 
-/// In the order of MOE_ACTIVATION_KEYS in kernels/common/quantize.cuh, with the keys that each serves.
-const KEYS: [((&str, [&str; 3]), &[QuantKey]); 12] = [
-    (entries!("fp8_tensor"), &[FP8_STATIC_TENSOR_SYM]),
-    (entries!("fp8_token"), &[FP8_DYNAMIC_TOKEN_SYM, FP8_DYNAMIC_TENSOR_SYM]),
-    (entries!("fp8_128"), &[FP8_DYNAMIC_128_SYM]),
-    (entries!("fp8_64"), &[FP8_DYNAMIC_64_SYM]),
-    (entries!("int8_tensor"), &[INT8_STATIC_TENSOR_SYM]),
-    (entries!("int8_token"), &[INT8_DYNAMIC_TOKEN_SYM, INT8_DYNAMIC_TENSOR_SYM]),
-    (entries!("mxfp8"), &[MXFP8_DYNAMIC]),
-    (entries!("mxfp4"), &[MXFP4_DYNAMIC]),
-    (entries!("mxfp6_e3m2"), &[MXFP6_E3M2_DYNAMIC]),
-    (entries!("mxfp6_e2m3"), &[MXFP6_E2M3_DYNAMIC]),
-    (entries!("nvfp4"), &[NVFP4_DYNAMIC]),
-    (entries!("nvfp4_token"), &[NVFP4_DYNAMIC_TOKEN]),
+/// In the order of MOE_ACTIVATION_KEYS in kernels/common/quantize.cuh.
+const SERVED: [Served; 12] = [
+    served!("fp8_tensor", [FP8_STATIC_TENSOR_SYM]),
+    served!("fp8_token", [FP8_DYNAMIC_TOKEN_SYM, FP8_DYNAMIC_TENSOR_SYM]),
+    served!("fp8_128", [FP8_DYNAMIC_128_SYM]),
+    served!("fp8_64", [FP8_DYNAMIC_64_SYM]),
+    served!("int8_tensor", [INT8_STATIC_TENSOR_SYM]),
+    served!("int8_token", [INT8_DYNAMIC_TOKEN_SYM, INT8_DYNAMIC_TENSOR_SYM]),
+    served!("mxfp8", [MXFP8_DYNAMIC]),
+    served!("mxfp4", [MXFP4_DYNAMIC]),
+    served!("mxfp6_e3m2", [MXFP6_E3M2_DYNAMIC]),
+    served!("mxfp6_e2m3", [MXFP6_E2M3_DYNAMIC]),
+    served!("nvfp4", [NVFP4_DYNAMIC]),
+    served!("nvfp4_token", [NVFP4_DYNAMIC_TOKEN]),
 ];
 
 /// The place of an activation key in the kernels' list of them.
 pub(super) fn index(key: QuantKey) -> Result<usize, CudaError> {
-    let place = KEYS.iter().position(|(_, keys)| keys.contains(&key));
+    let place = SERVED.iter().position(|s| s.keys.contains(&key));
     place.ok_or(CudaError::Argument("this key is not one that activations are quantised to on the GPU"))
 }
 
@@ -148,7 +154,7 @@ impl Quantizer {
     /// Loads the kernel for rows of `cols` columns.
     pub fn new(gpu: &Gpu, key: QuantKey, input: InputType, cols: usize) -> Result<Self, CudaError> {
         let layout = QuantLayout::of(key, cols)?;
-        let kernel = gpu.kernel("quantize", KEYS[index(key)?].0.1[input as usize])?;
+        let kernel = gpu.kernel("quantize", SERVED[index(key)?].entries[input as usize])?;
         Ok(Self { kernel, layout, input, cols, stored: stored(key) })
     }
 
@@ -245,7 +251,10 @@ mod tests {
     fn the_keys_stand_in_the_order_of_the_kernels() {
         let source = include_str!("../../kernels/common/quantize.cuh");
         let names = source.lines().filter_map(|l| l.trim().strip_prefix("X(")?.split(',').next());
-        assert_eq!(names.collect::<Vec<_>>(), KEYS.map(|((name, _), _)| name));
+        assert_eq!(
+            names.collect::<Vec<_>>(),
+            SERVED.map(|s| s.entries[0].trim_start_matches("quantize_").trim_end_matches("_bf16"))
+        );
     }
 
     #[test]
