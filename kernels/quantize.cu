@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ptx.cuh"
 #include "common/quantize.cuh"
@@ -34,58 +35,70 @@ struct Call {
 };
 static_assert(sizeof(Call) == 72, "");
 
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-__device__ __forceinline__ void widen(const __nv_bfloat16* from, float (&v)[CHUNK]) {
-    const uint4 w = load_16(from);
-    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[2 * i] = __uint_as_float(words[i] << 16), v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-}
-__device__ __forceinline__ void widen(const __half* from, float (&v)[CHUNK]) {
-    const uint4 w = load_16(from);
-    const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        v[2 * i] = __half2float(__ushort_as_half(words[i] & 0xffffu));
-        v[2 * i + 1] = __half2float(__ushort_as_half(words[i] >> 16));
-    }
-}
-__device__ __forceinline__ void widen(const float* from, float (&v)[CHUNK]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint4 w = load_16(from + 4 * i);
-        v[4 * i] = __uint_as_float(w.x), v[4 * i + 1] = __uint_as_float(w.y);
-        v[4 * i + 2] = __uint_as_float(w.z), v[4 * i + 3] = __uint_as_float(w.w);
-    }
-}
-
-// Past L1, as load_16: the previous grid may have written it after this one began.
-__device__ __forceinline__ float one(const __nv_bfloat16* from) {
-    return to_float(__ushort_as_bfloat16(__ldcg(reinterpret_cast<const unsigned short*>(from))));
-}
-__device__ __forceinline__ float one(const __half* from) {
-    return to_float(__ushort_as_half(__ldcg(reinterpret_cast<const unsigned short*>(from))));
-}
-__device__ __forceinline__ float one(const float* from) { return __ldcg(from); }
-
-// Columns from `col` on, zeros where there are none.
+// A chunk as it lies in memory.
 template <class T>
-__device__ __forceinline__ void load(const T* row, int col, int cols, bool aligned, float (&v)[CHUNK]) {
+struct Raw {
+    static constexpr int kWords = CHUNK * sizeof(T) / 4;
+    uint32_t words[kWords];
+};
+
+// Columns from `col` on, zeros where there are none; past L1, for the previous grid may have written them after this one
+// began.
+template <class T>
+__device__ __forceinline__ void load(const T* row, int col, int cols, bool aligned, Raw<T>& raw) {
     if (aligned && col + CHUNK <= cols) {
-        widen(row + col, v);
-    } else {
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++) v[i] = col + i < cols ? one(row + col + i) : 0.f;
+        for (int i = 0; i < Raw<T>::kWords; i += 4) {
+            const uint4 w = load_16(reinterpret_cast<const char*>(row + col) + 4 * i);
+            raw.words[i] = w.x, raw.words[i + 1] = w.y, raw.words[i + 2] = w.z, raw.words[i + 3] = w.w;
+        }
+    } else if constexpr (sizeof(T) == 4) {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(row) + col;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) raw.words[i] = col + i < cols ? __ldcg(from + i) : 0u;
+    } else {
+        const unsigned short* from = reinterpret_cast<const unsigned short*>(row) + col;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i += 2) {
+            const uint32_t low = col + i < cols ? __ldcg(from + i) : 0u, high = col + i + 1 < cols ? __ldcg(from + i + 1) : 0u;
+            raw.words[i / 2] = low | high << 16;
+        }
     }
 }
 
-__device__ __forceinline__ uint32_t largest(const float (&v)[CHUNK]) {
-    uint32_t top = 0;
+template <class T>
+__device__ __forceinline__ float half_value(uint32_t bits) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return __uint_as_float(bits << 16);
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+template <class T>
+__device__ __forceinline__ void widen(const Raw<T>& raw, float (&v)[CHUNK]) {
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) top = max(top, magnitude(v[i]));
+    for (int i = 0; i < CHUNK; i++) {
+        if constexpr (sizeof(T) == 4) {
+            v[i] = __uint_as_float(raw.words[i]);
+        } else {
+            v[i] = half_value<T>(i % 2 == 0 ? raw.words[i / 2] & 0xffffu : raw.words[i / 2] >> 16);
+        }
+    }
+}
+
+// The largest magnitudes, of even and of odd columns where they are 16-bit, as integers, in which a NaN is largest of all.
+template <class T>
+__device__ __forceinline__ uint32_t largest(const Raw<T>& raw, uint32_t top = 0) {
+#pragma unroll
+    for (int i = 0; i < Raw<T>::kWords; i++) {
+        top = sizeof(T) == 4 ? max(top, raw.words[i] & 0x7fffffffu) : __vmaxu2(top, raw.words[i] & 0x7fff7fffu);
+    }
     return top;
+}
+
+// The larger of both as the bits of a float32.
+template <class T>
+__device__ __forceinline__ uint32_t one(uint32_t top) {
+    if constexpr (sizeof(T) == 4) return top;
+    return __float_as_uint(half_value<T>(max(top & 0xffffu, top >> 16)));
 }
 
 // Of the whole block.
@@ -98,31 +111,58 @@ __device__ __forceinline__ uint32_t block_max(uint32_t top) {
     return top;
 }
 
-// Eight codes, the first in the lowest bits.
+// Four codes, the first in the lowest bits.
+template <class K>
+__device__ __forceinline__ uint32_t four_codes(const float* q) {
+    constexpr int kBits = K::Elem::kBits;
+#if __CUDA_ARCH__ >= 890
+    if constexpr (std::is_same_v<typename K::Elem, E4m3>) {
+        // NaNs included.
+        uint32_t packed;
+        asm("{\n.reg .b16 low, high;\n"
+            "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+            "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+            "mov.b32 %0, {low, high};\n}"
+            : "=r"(packed)
+            : "f"(q[0]), "f"(q[1]), "f"(q[2]), "f"(q[3]));
+        return packed;
+    }
+#endif
+    uint32_t packed = code_of<K>(q[0]);
+#pragma unroll
+    for (int i = 1; i < 4; i++) packed |= code_of<K>(q[i]) << (kBits * i);
+    return packed;
+}
+
+// A chunk's codes.
 template <class K>
 __device__ __forceinline__ void store(uint8_t* row, int chunk, const float (&v)[CHUNK], const Scale& scale) {
     constexpr int kBits = K::Elem::kBits;
-    uint64_t packed = 0;
-#pragma unroll
-    for (int i = 0; i < CHUNK; i++) packed |= static_cast<uint64_t>(quantized_code<K>(v[i], scale)) << (kBits * i);
+    float q[CHUNK];
+    divide<K>(v, scale, q);
+    uint32_t low = four_codes<K>(q), high = four_codes<K>(q + 4);
+    if (!has_codes(scale)) low = high = 0;
     uint8_t* to = row + chunk * kBits;
     if constexpr (kBits == 8) {
-        *reinterpret_cast<uint64_t*>(to) = packed;
+        *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
     } else if constexpr (kBits == 4) {
-        *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(packed);
+        *reinterpret_cast<uint32_t*>(to) = low | high << 16;
     } else {
-#pragma unroll
-        for (int i = 0; i < 3; i++) reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(packed >> (16 * i));
+        // 24 bits each, at an even address.
+        uint16_t* words = reinterpret_cast<uint16_t*>(to);
+        words[0] = static_cast<uint16_t>(low);
+        words[1] = static_cast<uint16_t>(low >> 16 | high << 8);
+        words[2] = static_cast<uint16_t>(high >> 8);
     }
 }
 
 // One chunk of each lane, with the scales of the groups that they make.
-template <class K>
-__device__ __forceinline__ void emit(const Call& call, int chunk, const float (&v)[CHUNK], Scale scale, float second) {
+template <class T, class K>
+__device__ __forceinline__ void emit(const Call& call, int chunk, const Raw<T>& raw, Scale scale, float second) {
     const int64_t row = blockIdx.x;
     if constexpr (K::kGroup > 0) {
         constexpr int kLanes = K::kGroup / CHUNK;
-        uint32_t top = largest(v);
+        uint32_t top = one<T>(largest(raw));
 #pragma unroll
         for (int step = 1; step < kLanes; step *= 2) top = max(top, __shfl_xor_sync(~0u, top, step));
         scale = group_scale<K>(top, second);
@@ -135,7 +175,10 @@ __device__ __forceinline__ void emit(const Call& call, int chunk, const float (&
             }
         }
     }
-    if (chunk < call.chunks) store<K>(call.codes + row * call.chunks * K::Elem::kBits, chunk, v, scale);
+    if (chunk >= call.chunks) return;
+    float v[CHUNK];
+    widen(raw, v);
+    store<K>(call.codes + row * call.chunks * K::Elem::kBits, chunk, v, scale);
 }
 
 template <class T, class K>
@@ -162,19 +205,19 @@ __device__ __forceinline__ void quantize(const Call& call) {
         second = stored;
     }
     if constexpr (kWhole) {
-        float kept[KEPT][CHUNK];
+        Raw<T> kept[KEPT];
         uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < KEPT; i++) {
             load(from, (begin + lane + i * step) * CHUNK, cols, aligned, kept[i]);
-            top = max(top, largest(kept[i]));
+            top = largest(kept[i], top);
         }
         for (int chunk = begin + lane + KEPT * step; chunk < call.chunks; chunk += step) {
-            float v[CHUNK];
-            load(from, chunk * CHUNK, cols, aligned, v);
-            top = max(top, largest(v));
+            Raw<T> raw;
+            load(from, chunk * CHUNK, cols, aligned, raw);
+            top = largest(raw, top);
         }
-        top = block_max(top);
+        top = block_max(one<T>(top));
         if constexpr (K::kSecond) {
             second = second_scale(top);
             if (threadIdx.x == 0) call.second[row] = second;
@@ -184,13 +227,13 @@ __device__ __forceinline__ void quantize(const Call& call) {
         }
 #pragma unroll
         for (int i = 0; i < KEPT; i++) {
-            if (begin + i * step < call.chunks) emit<K>(call, begin + lane + i * step, kept[i], scale, second);
+            if (begin + i * step < call.chunks) emit<T, K>(call, begin + lane + i * step, kept[i], scale, second);
         }
     }
     for (int at = begin + (kWhole ? KEPT * step : 0); at < call.chunks; at += step) {
-        float v[CHUNK];
-        load(from, (at + lane) * CHUNK, cols, aligned, v);
-        emit<K>(call, at + lane, v, scale, second);
+        Raw<T> raw;
+        load(from, (at + lane) * CHUNK, cols, aligned, raw);
+        emit<T, K>(call, at + lane, raw, scale, second);
     }
 }
 

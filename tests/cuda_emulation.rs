@@ -146,7 +146,14 @@ fn bound(c: &MoeConfig, key: Option<QuantKey>) -> f64 {
         InputType::F16 => 6e-4,
         InputType::F32 => 0.0,
     };
-    out + if key.is_some() { 5e-3 } else { 2e-5 }
+    let activations = match key {
+        None => 2e-5,
+        Some(key) if key.elem_bits() == 8 => 5e-3,
+        // Once in a while bf16 values lie in the middle between two codes, where float32 and float64 disagree, and a step of
+        // these elements is up to a third of the largest. Exact activations are more than twice as far away.
+        Some(_) => 1.5e-2,
+    };
+    out + activations
 }
 
 /// Compares one batch with the reference, with activations as the key asks and with exact ones.

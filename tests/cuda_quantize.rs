@@ -154,14 +154,25 @@ impl Call {
     }
 }
 
-/// Rows of every kind: usual, small down to subnormals, large up to the type's end, all zero, all of these mixed.
-fn rows(rng: &mut Rng, ty: InputType, cols: usize) -> Vec<f32> {
+/// The kinds of [`rows`].
+const KINDS: usize = 7;
+
+/// Rows of every kind: usual, small down to subnormals, large up to the type's end, all of these mixed, all zero, and with
+/// quotients that lie in the middle between two codes.
+fn rows(rng: &mut Rng, key: QuantKey, ty: InputType, cols: usize) -> Vec<f32> {
+    let largest = match key.elem {
+        Elem::E4m3 => 448.0,
+        Elem::E2m1 => 6.0,
+        Elem::E3m2 => 28.0,
+        Elem::E2m3 => 7.5,
+        _ => 127.0,
+    };
     let (low, high) = match ty {
         InputType::F16 => (-26.0, 15.5),
         _ => (-140.0, 127.5),
     };
     let mut x = Vec::new();
-    for kind in 0..6 {
+    for kind in 0..KINDS {
         for col in 0..cols {
             let wild = |rng: &mut Rng| rng.normal() / 3.5 * rng.range(low, high).exp2();
             x.push(match kind {
@@ -171,7 +182,10 @@ fn rows(rng: &mut Rng, ty: InputType, cols: usize) -> Vec<f32> {
                 2 => rng.normal() * f32::exp2(low),
                 3 => rng.range(-1.0, 1.0) * f32::exp2(high),
                 4 => wild(rng),
-                _ => 0.0,
+                5 => 0.0,
+                // Under a dynamic scale that is 1 or a power of two.
+                _ if col % 16 == 0 => largest,
+                _ => (rng.range(-1.0, 1.0) * 16.0 * largest).round() / 16.0,
             });
         }
     }
@@ -202,7 +216,7 @@ fn codes_and_scales_mean_the_cpus_values_for_every_key() {
         for (m, cols) in [1, 7, 33, 64, 100, 128, 352, 2880, 7168, 8200, 19999].into_iter().enumerate() {
             for ty in InputType::ALL {
                 let mut rng = Rng((100 * n + m) as u64);
-                let x = rows(&mut rng, ty, cols);
+                let x = rows(&mut rng, key, ty, cols);
                 // Some values saturate.
                 let given = rng.range(2.0, 3.0) / if key.scale2.is_some() { 2688.0 } else { 300.0 };
                 let call = Call::new(&stream, (key, ty), &x, cols, None, &[given]);
@@ -220,14 +234,14 @@ fn rows_are_gathered_and_rows_that_do_not_exist_are_zero() {
     for (n, key) in keys().into_iter().enumerate() {
         for cols in [96, 125] {
             let mut rng = Rng(1000 + n as u64);
-            let x = rows(&mut rng, InputType::Bf16, cols);
-            let gather = [5, 0, 4, -1, 1, 1, 6, i32::MIN, 3, i32::MAX, 2];
+            let x = rows(&mut rng, key, InputType::Bf16, cols);
+            let gather = [5, 0, 4, -1, 1, 1, 6, i32::MIN, 3, i32::MAX, KINDS as i32, 2];
             let given: Vec<f32> = gather.iter().map(|_| rng.range(0.001, 0.1)).collect();
             let call = Call::new(&stream, (key, InputType::Bf16), &x, cols, Some(&gather), &given);
             call.run(&stream, false).unwrap();
             let sources: Vec<f32> = gather
                 .iter()
-                .flat_map(|row| match usize::try_from(*row).ok().filter(|r| *r < 6) {
+                .flat_map(|row| match usize::try_from(*row).ok().filter(|r| *r < KINDS) {
                     Some(row) => x[row * cols..(row + 1) * cols].to_vec(),
                     None => vec![0.0; cols],
                 })

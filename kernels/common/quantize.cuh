@@ -29,14 +29,19 @@ struct Int8 {
     static constexpr float kLargest = 127.f;
 };
 
-// |x| at most `largest`, and 2^(23 - mantissa) times its power of two (the subnormals' for those): a float32 as large as
-// that has the element's step for its last bit, so that adding it rounds, to nearest and ties to even.
+// |x| at most `largest`, and its exponent's bits (the subnormals' for those).
 template <class E>
-__device__ __forceinline__ float limited(float x, uint32_t& exponent, float& magic) {
+__device__ __forceinline__ float limited(float x, uint32_t& exponent) {
     const float a = fminf(fabsf(x), E::kLargest);
-    exponent = max(__float_as_uint(a) >> 23, static_cast<uint32_t>(127 + E::kMinExponent));
-    magic = __uint_as_float((exponent + 23 - E::kMantissa) << 23);
+    exponent = max(__float_as_uint(a) & kInfinityBits, static_cast<uint32_t>(127 + E::kMinExponent) << 23);
     return a;
+}
+
+// 2^(23 - mantissa) times that power of two has the element's step for its last bit: adding it rounds, to nearest and
+// ties to even.
+template <class E>
+__device__ __forceinline__ uint32_t magic(uint32_t exponent) {
+    return exponent + (static_cast<uint32_t>(23 - E::kMantissa) << 23);
 }
 
 // The nearest value of the element; a NaN stays one.
@@ -45,25 +50,25 @@ __device__ __forceinline__ float rounded(float x) {
     if (x != x) return x;
     if constexpr (E::kMantissa == 0) return fminf(fmaxf(rintf(x), -128.f), 127.f);
     uint32_t exponent;
-    float magic;
-    const float a = limited<E>(x, exponent, magic);
-    return copysignf(__fsub_rn(__fadd_rn(a, magic), magic), x);
+    const float a = limited<E>(x, exponent), large = __uint_as_float(magic<E>(exponent));
+    return copysignf(__fsub_rn(__fadd_rn(a, large), large), x);
 }
 
-// Its code. A NaN has one in e4m3 only; elsewhere it is zero.
+// Its code; not for NaNs.
 template <class E>
 __device__ __forceinline__ uint32_t encoded(float x) {
     if constexpr (E::kMantissa == 0) {
-        return x != x ? 0u : static_cast<uint32_t>(__float2int_rn(fminf(fmaxf(x, -128.f), 127.f))) & 255u;
+        // 1.5 * 2^23: its last bit is 1, and what is added to it, of either sign, ends up in the last bits.
+        return __float_as_uint(__fadd_rn(fminf(fmaxf(x, -128.f), 127.f), 12582912.f)) & 255u;
     } else {
-        if (x != x) return E::kBits == 8 ? 0x7fu : 0u;
         uint32_t exponent;
-        float magic;
-        const float a = limited<E>(x, exponent, magic);
-        // Steps above the binade's, of which the first two binades have the same; a carry is the next code.
-        const uint32_t steps = __float_as_uint(__fadd_rn(a, magic)) - __float_as_uint(magic);
-        const uint32_t binade = exponent - static_cast<uint32_t>(127 + E::kMinExponent);
-        return (binade << E::kMantissa) + steps | __float_as_uint(x) >> 31 << (E::kBits - 1);
+        const float a = limited<E>(x, exponent);
+        const uint32_t large = magic<E>(exponent);
+        // Steps from zero where they are the smallest, and later from half a binade's beginning: the binades before the
+        // value's are as many codes as a mantissa has. A carry is the next code.
+        const uint32_t steps = __float_as_uint(__fadd_rn(a, __uint_as_float(large))) - large;
+        const uint32_t before = (exponent >> (23 - E::kMantissa)) - (static_cast<uint32_t>(127 + E::kMinExponent) << E::kMantissa);
+        return before + steps | __float_as_uint(x) >> (32 - E::kBits) & 1u << (E::kBits - 1);
     }
 }
 
@@ -142,28 +147,61 @@ __device__ __forceinline__ Scale group_scale(uint32_t top, float second) {
     }
 }
 
-// x over the scale, which is not 0.
-template <class K>
-__device__ __forceinline__ float quotient(float x, const Scale& scale) {
-    if constexpr (K::kScale == ScaleKind::kE8m0) {
-        // A power of two: its inverse is exact, and a subnormal at the upper end.
-        return __fmul_rn(x, __uint_as_float(scale.code == 254 ? 1u << 22 : (254 - scale.code) << 23));
-    }
-    return __fdiv_rn(x, scale.value);
-}
+// Whether a group has codes at all.
+__device__ __forceinline__ bool has_codes(const Scale& scale) { return is_normal(scale.value); }
 
 // The quantised value of x.
 template <class K>
 __device__ __forceinline__ float quantized(float x, const Scale& scale) {
-    if (scale.value == 0.f || scale.value != scale.value) return scale.value;
-    return __fmul_rn(rounded<typename K::Elem>(quotient<K>(x, scale)), scale.value);
+    // 0 or NaN.
+    if (!has_codes(scale)) return scale.value;
+    return __fmul_rn(rounded<typename K::Elem>(__fdiv_rn(x, scale.value)), scale.value);
 }
 
-// The code of x.
+// 1 / x for x from 1 to 2, rounded. Two steps of Newton's from a quotient within two units of the last place fall short at
+// one mantissa only.
+__device__ __forceinline__ float inverse(float x) {
+    float y = __fdividef(1.f, x);
+    y = __fmaf_rn(y, __fmaf_rn(-x, y, 1.f), y);
+    y = __fmaf_rn(y, __fmaf_rn(-x, y, 1.f), y);
+    return __float_as_uint(x) == 0x3fffffffu ? __uint_as_float(0x3f000001u) : y;
+}
+
+// The quotients of a group's values and its scale, with the bits of a division wherever they could decide on a code. A
+// scale without codes gives anything.
+template <class K, int kCount>
+__device__ __forceinline__ void divide(const float (&x)[kCount], const Scale& scale, float (&q)[kCount]) {
+    // What a scale from 1 to 2 is to the scale: exact, and a subnormal at the upper end. A value that it takes out of the
+    // normal numbers is far below the smallest code.
+    const uint32_t exponent = magnitude(scale.value) >> 23;
+    const float power = __uint_as_float(exponent >= 254 ? 1u << 22 : (254 - exponent) << 23);
+    if constexpr (K::kScale == ScaleKind::kE8m0) {
+#pragma unroll
+        for (int i = 0; i < kCount; i++) q[i] = __fmul_rn(x[i], power);
+    } else {
+        const float divisor = __fmul_rn(scale.value, power), factor = copysignf(inverse(fabsf(divisor)), divisor);
+#pragma unroll
+        for (int i = 0; i < kCount; i++) {
+            // Markstein's theorem: from a rounded inverse and a quotient within a unit of the last place, which the first
+            // correction makes it, the second gives the rounded quotient.
+            const float y = __fmul_rn(x[i], power), guess = __fmul_rn(y, factor);
+            const float near = __fmaf_rn(__fmaf_rn(-guess, divisor, y), factor, guess);
+            q[i] = __fmaf_rn(__fmaf_rn(-near, divisor, y), factor, near);
+            // Where the scale is not from the values themselves they can be far beyond it: no remainder, and no need.
+            if constexpr (K::kStored) q[i] = fabsf(guess) < 8192.f ? q[i] : guess;
+        }
+    }
+}
+
+// The code of a quotient. In a group with a scale of its own there are no NaNs; with a stored one, a NaN has a code in
+// e4m3 and is zero elsewhere.
 template <class K>
-__device__ __forceinline__ uint32_t quantized_code(float x, const Scale& scale) {
-    if (scale.value == 0.f || scale.value != scale.value) return 0;
-    return encoded<typename K::Elem>(quotient<K>(x, scale));
+__device__ __forceinline__ uint32_t code_of(float q) {
+    using E = typename K::Elem;
+    if constexpr (K::kScale == ScaleKind::kStored) {
+        if (q != q) return E::kMantissa != 0 ? 0x7fu : 0u;
+    }
+    return encoded<E>(q);
 }
 
 }  // namespace moe
