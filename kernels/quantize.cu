@@ -1,5 +1,5 @@
-// Quantised activations: rows of bf16, f16 or float32 to packed codes and their scales, a block per row, every key in one
-// launch. Row r of the result comes from row `rows[r]` of the input. src/cuda/quantize.rs describes what is written.
+// Quantised activations: rows of bf16, f16 or float32 to packed codes and their scales, a block per row, every key in
+// one launch. Row r of the result comes from row `rows[r]` of the input. src/cuda/quantize.rs says what is written.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -60,7 +60,8 @@ __device__ __forceinline__ void load(const T* row, int col, int cols, bool align
         const unsigned short* from = reinterpret_cast<const unsigned short*>(row) + col;
 #pragma unroll
         for (int i = 0; i < CHUNK; i += 2) {
-            const uint32_t low = col + i < cols ? __ldcg(from + i) : 0u, high = col + i + 1 < cols ? __ldcg(from + i + 1) : 0u;
+            const uint32_t low = col + i < cols ? __ldcg(from + i) : 0u;
+            const uint32_t high = col + i + 1 < cols ? __ldcg(from + i + 1) : 0u;
             raw.words[i / 2] = low | high << 16;
         }
     }
@@ -84,7 +85,7 @@ __device__ __forceinline__ void widen(const Raw<T>& raw, float (&v)[CHUNK]) {
     }
 }
 
-// The largest magnitudes, of even and of odd columns where they are 16-bit, as integers, in which a NaN is largest of all.
+// The largest magnitudes, of even and of odd columns where they are 16-bit, as integers: a NaN is the largest of all.
 template <class T>
 __device__ __forceinline__ uint32_t largest(const Raw<T>& raw, uint32_t top = 0) {
 #pragma unroll

@@ -58,16 +58,17 @@ __device__ __forceinline__ float rounded(float x) {
 template <class E>
 __device__ __forceinline__ uint32_t encoded(float x) {
     if constexpr (E::kMantissa == 0) {
-        // 1.5 * 2^23: its last bit is 1, and what is added to it, of either sign, ends up in the last bits.
+        // 1.5 * 2^23, whose last bit stands for 1: what is added to it, of either sign, ends up in the last bits.
         return __float_as_uint(__fadd_rn(fminf(fmaxf(x, -128.f), 127.f), 12582912.f)) & 255u;
     } else {
         uint32_t exponent;
         const float a = limited<E>(x, exponent);
         const uint32_t large = magic<E>(exponent);
-        // Steps from zero where they are the smallest, and later from half a binade's beginning: the binades before the
-        // value's are as many codes as a mantissa has. A carry is the next code.
+        // The steps are the code, and a mantissa's worth of codes more for each binade above the first normal one. A carry
+        // is the next code.
         const uint32_t steps = __float_as_uint(__fadd_rn(a, __uint_as_float(large))) - large;
-        const uint32_t before = (exponent >> (23 - E::kMantissa)) - (static_cast<uint32_t>(127 + E::kMinExponent) << E::kMantissa);
+        constexpr uint32_t first = static_cast<uint32_t>(127 + E::kMinExponent) << E::kMantissa;
+        const uint32_t before = (exponent >> (23 - E::kMantissa)) - first;
         return before + steps | __float_as_uint(x) >> (32 - E::kBits) & 1u << (E::kBits - 1);
     }
 }

@@ -4,9 +4,9 @@ use super::call::{BatchedTensors, Tensors};
 use super::decode::Decode;
 use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
-use super::pack::PackedExperts;
+use super::pack::{Compute, PackedExperts};
 use super::{CudaError, Stream};
-use crate::config::{ActivationFormat, MoeConfig};
+use crate::config::{ActivationFormat, InputType, MoeConfig};
 use crate::kernel;
 use crate::oracle::{self, ConvertError};
 use crate::scheme::QuantKey;
@@ -65,6 +65,14 @@ pub struct CudaKernel {
     bytes_per_expert: usize,
 }
 
+/// Packed weights are for one type of hidden states, which those of a call, given as bytes, do not show.
+fn check_input(packed: Compute, input: InputType) -> Result<(), CudaError> {
+    match (packed, input) {
+        (Compute::Bf16, InputType::Bf16) | (Compute::F16, InputType::F16) => Ok(()),
+        _ => Err(CudaError::Argument("the weights were packed for another type of hidden states than the layer's")),
+    }
+}
+
 impl CudaKernel {
     /// Uploads the weights and loads the kernels. `map[global]` is a local expert or -1; required where
     /// `local_experts` is less than `experts`.
@@ -82,6 +90,7 @@ impl CudaKernel {
         }
         let experts = match weights {
             GpuWeights::Decode(packed) => {
+                check_input(packed.format.compute, config.input)?;
                 oracle::check_sizes(config, [packed.experts, packed.hidden, packed.intermediate], Some(packed.gated))?;
                 Experts::Decode(Decode::new(stream, packed, config)?)
             }
@@ -145,6 +154,20 @@ impl CudaKernel {
                 experts.forward_batched(stream, t, max)
             },
             _ => Err(CudaError::Argument("this layer was made for the standard format: call forward")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_packed_for_another_input_type_are_refused() {
+        for (packed, own) in [(Compute::Bf16, InputType::Bf16), (Compute::F16, InputType::F16)] {
+            for input in InputType::ALL {
+                assert_eq!(check_input(packed, input).is_ok(), input == own, "{packed:?} {input:?}");
+            }
         }
     }
 }
