@@ -1,5 +1,6 @@
-// Emulation: the layer from its definition, in float32 over canonical weights (src/weights.rs), one warp per result.
-// What the fast kernels are compared with; it knows nothing of their packed formats.
+// Emulation: the layer from its definition, in float32 over canonical weights (src/weights.rs), one warp per result. The
+// input of both projections is quantised as the activation key says, if there is one. What the fast kernels are compared
+// with; it knows nothing of their packed formats.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -7,6 +8,7 @@
 #include <cstdint>
 
 #include "common/activation.cuh"
+#include "common/quantize.cuh"
 
 namespace {
 
@@ -14,6 +16,8 @@ constexpr int LANES = 32;
 
 enum Elem : int { BF16, F16, E4M3, E2M1, INT8, U4, U8 };
 enum ScaleType : int { SCALE_F32, SCALE_E8M0, SCALE_E4M3 };
+// The order of InputType::ALL.
+enum Input : int { INPUT_BF16, INPUT_F16, INPUT_F32 };
 
 // A matrix, row-major. One scale, and one zero point, for `scale_rows` x `scale_cols` elements.
 struct Matrix {
@@ -30,32 +34,49 @@ struct Matrix {
 struct Expert {
     Matrix gate, up, down;
     const float *gate_bias, *up_bias, *down_bias;
+    float input_scale, down_input_scale;  // of keys that have stored scales
 };
 
 struct Layer {
     const Expert* local;
     int hidden, inter;
     int experts, local_experts, topk;
-    int bf16, weight_on_input;  // 0 or 1
+    int input;            // an Input
+    int weight_on_input;  // 0 or 1
     moe::Activation activation;
+    int key;  // what activations become, by its place in MOE_ACTIVATION_KEYS; -1: they stay exact
 };
 
 // The call, and the tokens of this launch.
 struct Call {
-    const uint16_t* hidden;  // [T, H]
+    const void* hidden;      // [T, H] of the input type
     const int* ids;          // [T, k]
     const float* weights;    // [T, k]
     const int* map;          // [E], local ids; null: every expert is local
     float* middle;           // [tokens of the launch, k, I]
-    uint16_t* output;        // [T, H]
+    float* quantized;        // [tokens of the launch, k, H], used if there is a key
+    void* output;            // [T, H] of the input type
     int64_t first, tokens;
 };
 
 // src/cuda/emulation.rs has the same.
-static_assert(sizeof(Expert) == 192 && sizeof(Layer) == 56 && sizeof(Call) == 64, "");
+static_assert(sizeof(Expert) == 200 && sizeof(Layer) == 56 && sizeof(Call) == 72, "");
 
 __device__ float half_value(bool bf16, uint16_t bits) {
     return bf16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
+}
+
+__device__ float read(int input, const void* rows, int64_t at) {
+    if (input == INPUT_F32) return static_cast<const float*>(rows)[at];
+    return half_value(input == INPUT_BF16, static_cast<const uint16_t*>(rows)[at]);
+}
+
+__device__ void write(int input, void* rows, int64_t at, float x) {
+    switch (input) {
+        case INPUT_BF16: static_cast<__nv_bfloat16*>(rows)[at] = __float2bfloat16_rn(x); break;
+        case INPUT_F16: static_cast<__half*>(rows)[at] = __float2half_rn(x); break;
+        default: static_cast<float*>(rows)[at] = x;
+    }
 }
 
 // A number of 1 + exponent + mantissa bits, subnormals included. The formats have neither infinities nor, in checked
@@ -122,10 +143,71 @@ __device__ const Expert* expert(const Layer& layer, const Call& call, int64_t sl
     return local < 0 || local >= layer.local_experts ? nullptr : layer.local + local;
 }
 
+__device__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
+
+// Replaces a row by its quantised values.
+template <class K>
+__device__ void quantize(float* row, int cols, float stored) {
+    const int lane = threadIdx.x % LANES, size = K::kGroup > 0 ? K::kGroup : cols;
+    float second = stored;
+    if constexpr (K::kSecond) {
+        uint32_t top = 0;
+        for (int col = lane; col < cols; col += LANES) top = max(top, moe::magnitude(row[col]));
+        second = moe::second_scale(warp_max(top));
+    }
+    for (int begin = 0; begin < cols; begin += size) {
+        const int end = min(begin + size, cols);
+        moe::Scale scale;
+        if constexpr (K::kScale == moe::ScaleKind::kStored) {
+            scale = moe::stored_scale(stored);
+        } else {
+            uint32_t top = 0;
+            for (int col = begin + lane; col < end; col += LANES) top = max(top, moe::magnitude(row[col]));
+            scale = moe::group_scale<K>(warp_max(top), second);
+        }
+        for (int col = begin + lane; col < end; col += LANES) row[col] = moe::quantized<K>(row[col], scale);
+    }
+}
+
+__device__ void quantize_as(int key, float* row, int cols, float stored) {
+    using namespace moe;
+    int place = 0;
+#define MOE_TRY(name, ...) \
+    if (key == place++) quantize<__VA_ARGS__>(row, cols, stored);
+    MOE_ACTIVATION_KEYS(MOE_TRY)
+#undef MOE_TRY
+}
+
 __device__ int64_t warp() { return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / LANES; }
 __device__ int64_t warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / LANES; }
 
 }  // namespace
+
+// With a key: what the experts of a slot get, weighted if need be, and quantised.
+extern "C" __global__ void emulation_input(Layer layer, Call call) {
+    for (int64_t n = warp(); n < call.tokens * layer.topk; n += warps()) {
+        const int64_t slot = call.first * layer.topk + n;
+        const Expert* e = expert(layer, call, slot);
+        if (e == nullptr) continue;
+        float* row = call.quantized + n * layer.hidden;
+        const int64_t first = slot / layer.topk * layer.hidden;
+        const float factor = layer.weight_on_input ? call.weights[slot] : 1.f;
+        for (int col = threadIdx.x % LANES; col < layer.hidden; col += LANES) {
+            row[col] = read(layer.input, call.hidden, first + col) * factor;
+        }
+        // A column's group may begin in another lane.
+        __syncwarp();
+        quantize_as(layer.key, row, layer.hidden, e->input_scale);
+    }
+}
+
+// With a key: the activations between the projections, quantised in their place.
+extern "C" __global__ void emulation_middle(Layer layer, Call call) {
+    for (int64_t n = warp(); n < call.tokens * layer.topk; n += warps()) {
+        const Expert* e = expert(layer, call, call.first * layer.topk + n);
+        if (e != nullptr) quantize_as(layer.key, call.middle + n * layer.inter, layer.inter, e->down_input_scale);
+    }
+}
 
 // Both projections of H and the activation: one element of `middle` at a time. Those of absent experts stay unwritten.
 extern "C" __global__ void emulation_first(Layer layer, Call call) {
@@ -135,9 +217,12 @@ extern "C" __global__ void emulation_first(Layer layer, Call call) {
         const int row = static_cast<int>(n % layer.inter);
         const Expert* e = expert(layer, call, slot);
         if (e == nullptr) continue;
-        const uint16_t* hidden = call.hidden + slot / layer.topk * layer.hidden;
+        const int64_t first = slot / layer.topk * layer.hidden;
         const float factor = layer.weight_on_input ? call.weights[slot] : 1.f;
-        const auto x = [&](int col) { return half_value(layer.bf16, hidden[col]) * factor; };
+        const float* quantized = call.quantized + n / layer.inter * layer.hidden;
+        const auto x = [&](int col) {
+            return layer.key >= 0 ? quantized[col] : read(layer.input, call.hidden, first + col) * factor;
+        };
         const float gate = moe::gated(layer.activation) ? project(e->gate, e->gate_bias, row, layer.hidden, x) : 0.f;
         const float up = project(e->up, e->up_bias, row, layer.hidden, x);
         if (threadIdx.x % LANES == 0) call.middle[n] = moe::apply(layer.activation, gate, up);
@@ -160,8 +245,7 @@ extern "C" __global__ void emulation_second(Layer layer, Call call) {
             sum += layer.weight_on_input ? y : call.weights[slot] * y;
         }
         if (threadIdx.x % LANES == 0) {
-            call.output[(call.first + token) * layer.hidden + row] =
-                layer.bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(sum)) : __half_as_ushort(__float2half_rn(sum));
+            write(layer.input, call.output, (call.first + token) * layer.hidden + row, sum);
         }
     }
 }

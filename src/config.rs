@@ -11,6 +11,31 @@ pub enum InputType {
     F32,
 }
 
+impl InputType {
+    /// All three; the types that a kernel takes are a bit each in this order.
+    pub const ALL: [Self; 3] = [InputType::Bf16, InputType::F16, InputType::F32];
+
+    /// As the table writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            InputType::Bf16 => "bf16",
+            InputType::F16 => "f16",
+            InputType::F32 => "float32",
+        }
+    }
+
+    /// The names of [`ALL`](Self::ALL).
+    pub const NAMES: [&str; 3] = [Self::ALL[0].name(), Self::ALL[1].name(), Self::ALL[2].name()];
+
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            InputType::Bf16 | InputType::F16 => 2,
+            InputType::F32 => 4,
+        }
+    }
+}
+
 /// The function between the two GEMMs: g is the gate, u the up projection, x the only one where not gated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
@@ -431,6 +456,9 @@ mod tests {
         }
         for (i, f) in ActivationFormat::ALL.into_iter().enumerate() {
             assert_eq!((f as usize, ActivationFormat::by_name(f.name())), (i, Some(f)));
+        }
+        for (i, t) in InputType::ALL.into_iter().enumerate() {
+            assert_eq!((t as usize, t.name()), (i, InputType::NAMES[i]));
         }
     }
 }

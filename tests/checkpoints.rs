@@ -33,15 +33,16 @@ fn cases(expect: &str) -> Vec<(PathBuf, Value)> {
 }
 
 fn run(case: &Path, input: &Path, output: &Path, backend: &str) -> Output {
-    run_on("cpu", case, input, output, backend)
+    run_on("cpu", case, input, output, backend, false)
 }
 
 /// MOE_ORACLE_BIN names the program where the one that cargo built lies elsewhere.
-fn run_on(device: &str, case: &Path, input: &Path, output: &Path, backend: &str) -> Output {
+fn run_on(device: &str, case: &Path, input: &Path, output: &Path, backend: &str, exact: bool) -> Output {
     let built = || env!("CARGO_BIN_EXE_moe-oracle").into();
     let mut command = Command::new(std::env::var_os("MOE_ORACLE_BIN").unwrap_or_else(built));
     command.arg("run").arg("--model").arg(case).arg("--input").arg(input).arg("--output").arg(output);
-    command.args(["--backend", backend, "--threads", "2", "--device", device]).output().unwrap()
+    command.args(["--backend", backend, "--threads", "2", "--device", device]);
+    command.args(exact.then_some("--exact-activations")).output().unwrap()
 }
 
 fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f64> {
@@ -74,14 +75,15 @@ fn sorted(ids: &[i32], weights: &[f64], k: usize) -> Vec<(i32, f64)> {
     pairs
 }
 
-fn check(name: &str, case: &Value, output: &[u8], expected: &[u8]) {
+/// With `exact`, nothing but the answer with exact activations will do.
+fn check(name: &str, case: &Value, exact: bool, output: &[u8], expected: &[u8]) {
     let (got, want) = (SafeTensors::deserialize(output).unwrap(), SafeTensors::deserialize(expected).unwrap());
     let (width, k) = (case["H"].as_u64().unwrap() as usize, case["topk"].as_u64().unwrap() as usize);
     let output = floats(&got, "output");
     let verdicts: Vec<(String, bool, f64)> = want
         .names()
         .into_iter()
-        .filter(|n| *n == "output" || n.starts_with("output_actq"))
+        .filter(|n| *n == "output" || !exact && n.starts_with("output_actq"))
         .map(|n| {
             let kind = if n == "output" { "output" } else { "output_actq" };
             let limit = case["tolerance"][kind].as_f64().unwrap();
@@ -111,32 +113,36 @@ fn check(name: &str, case: &Value, output: &[u8], expected: &[u8]) {
 
 #[test]
 fn every_good_checkpoint_is_answered_within_its_tolerance() {
-    good("cpu", &["cpu_reference", "cpu_simd", "auto"]);
+    good("cpu", &[("cpu_reference", false), ("cpu_reference", true), ("cpu_simd", false), ("auto", false)]);
 }
 
 #[cfg(feature = "cuda")]
 #[test]
 fn every_good_checkpoint_is_answered_within_its_tolerance_on_a_gpu() {
     match moe_oracle::cuda::Gpu::open(0) {
-        Ok(_) => good("cuda", &["cuda_decode", "cuda_emulation", "auto"]),
+        Ok(_) => good(
+            "cuda",
+            &[("cuda_decode", false), ("cuda_emulation", false), ("cuda_emulation", true), ("auto", false)],
+        ),
         Err(why) => println!("skipped: {why}"),
     }
 }
 
-fn good(device: &str, backends: &[&str]) {
+/// Backends, and whether to ask them for exact activations.
+fn good(device: &str, backends: &[(&str, bool)]) {
     let dir = tempfile::tempdir().unwrap();
     let cases = cases("ok");
     assert!(!cases.is_empty(), "the repository's own fixtures are missing");
     for (case, facts) in &cases {
-        for backend in backends {
-            let name = format!("{} with {backend}", case.display());
+        for (backend, exact) in backends {
+            let name = format!("{} with {backend}, exact: {exact}", case.display());
             let out = dir.path().join("out.safetensors");
-            let result = run_on(device, case, &case.join("input.safetensors"), &out, backend);
+            let result = run_on(device, case, &case.join("input.safetensors"), &out, backend, *exact);
             assert!(result.status.success(), "{name}: {}", String::from_utf8_lossy(&result.stderr));
             let said = String::from_utf8_lossy(&result.stdout);
             assert!(said.contains(facts["scheme"].as_str().unwrap()), "{name} does not name its scheme: {said}");
             let expected = std::fs::read(case.join("expected.safetensors")).unwrap();
-            check(&name, facts, &std::fs::read(&out).unwrap(), &expected);
+            check(&name, facts, *exact, &std::fs::read(&out).unwrap(), &expected);
         }
     }
     println!("{} checkpoints", cases.len());

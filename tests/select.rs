@@ -106,7 +106,6 @@ fn every_reason_to_refuse() {
         on("cuda_", LAYER, platform, Unsupported::Device { needs: "NVIDIA GPUs", platform });
     }
     let sm_90 = Platform::Cuda(90);
-    on("cuda_", MoeConfig { input: InputType::F32, ..LAYER }, sm_90, Unsupported::Input);
     let odd = MoeConfig { hidden: 100, ..LAYER };
     on("cuda_", odd, sm_90, Unsupported::Shape("it needs a hidden size that is a multiple of 8"));
     let old = Platform::Cuda(75);
@@ -143,6 +142,7 @@ fn reasons_that_depend_on_the_row() {
         pairs: &[PAIR],
         activations,
         formats,
+        inputs: 1,
     };
     let ask = |k: &KernelInfo, config: &MoeConfig, platform: Platform, pair: (u64, u64)| {
         supports(k, config, &platform, &SelectInputs::AUTO, pair.0, pair.1)
@@ -159,6 +159,8 @@ fn reasons_that_depend_on_the_row() {
     assert_eq!(ask(&cpu, &gelu, CPU, PAIR), Err(Unsupported::Activation("gelu")));
     let batched = MoeConfig { format: ActivationFormat::Batched, ..LAYER };
     assert_eq!(ask(&cpu, &batched, CPU, PAIR), Err(Unsupported::Format("batched")));
+    let wide = MoeConfig { input: InputType::F32, ..LAYER };
+    assert_eq!(ask(&cpu, &wide, CPU, PAIR), Err(Unsupported::Input("float32")));
 }
 
 #[test]

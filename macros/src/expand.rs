@@ -81,9 +81,6 @@ fn scheme(s: &Scheme) -> TokenStream {
     });
     let idents = |names: &[String]| names.iter().map(|n| format_ident!("{}", camel(n))).collect::<Vec<_>>();
     let auto = idents(&s.names.as_auto);
-    let gpu = idents(&s.names.gpu_only);
-    let gpu_arm =
-        (!gpu.is_empty()).then(|| quote!(#(MoeBackend::#gpu)|* => Err(Unsupported::NameNeedsGpuKernel(name)),));
     let other = idents(&s.names.other_hardware);
     let other_arm =
         (!other.is_empty()).then(|| quote!(#(MoeBackend::#other)|* => Err(Unsupported::NameOfOtherHardware(name)),));
@@ -137,7 +134,6 @@ fn scheme(s: &Scheme) -> TokenStream {
                     MoeBackend::Auto #(| MoeBackend::#auto)* => Ok(None),
                     #(#named,)*
                     #(#own,)*
-                    #gpu_arm
                     #other_arm
                     #[allow(unreachable_patterns)]
                     _ => Err(Unsupported::UnknownName { name, works: Self::NAMES }),
@@ -244,6 +240,7 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
     });
     let activations = bits(&b.activations, quote!(crate::config::Activation));
     let formats = bits(&b.formats, quote!(crate::config::ActivationFormat));
+    let inputs = bits(&b.inputs, quote!(crate::config::InputType));
     let (name, min) = (&b.name, b.min);
     let device = if b.device == "cpu" { quote!(Device::Cpu) } else { quote!(Device::Cuda { min: #min }) };
     let numerics = if b.numerics == "as_keyed" { quote!(Numerics::AsKeyed) } else { quote!(Numerics::WeightOnly) };
@@ -266,6 +263,7 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
                 pairs: &[#(#keys),*],
                 activations: #activations,
                 formats: #formats,
+                inputs: #inputs,
             };
         }
     }
@@ -274,9 +272,7 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
 fn user_names(table: &Table) -> TokenStream {
     let mut names = std::collections::BTreeSet::new();
     for s in &table.scheme {
-        names.extend(
-            s.names.means.keys().chain(&s.names.gpu_only).chain(&s.names.other_hardware).chain(&s.names.as_auto),
-        );
+        names.extend(s.names.means.keys().chain(&s.names.other_hardware).chain(&s.names.as_auto));
         names.extend(s.backend.iter().map(|b| &b.name));
     }
     let variants: Vec<_> = names.iter().map(|n| format_ident!("{}", camel(n))).collect();
@@ -322,7 +318,6 @@ mod tests {
         ]
         [scheme.names]
         means = { emulation = "cpu_reference" }
-        gpu_only = ["triton"]
         other_hardware = ["aiter"]
         as_auto = ["humming"]
         [[scheme.backend]]

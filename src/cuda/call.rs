@@ -12,18 +12,18 @@ fn aligned(addresses: [u64; 3]) -> Result<(), CudaError> {
     }
 }
 
-/// The memory of one call in the standard format: T tokens, H hidden, k top-k. 16-bit elements are of the layer's input
-/// type, bf16 or f16.
+/// The memory of one call in the standard format: T tokens, H hidden, k top-k. Hidden states and output are
+/// given as bytes: their elements are of the layer's input type.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensors<'a> {
-    /// `[T, H]`, 16-bit; aligned to 16 bytes
-    pub hidden: DevicePtr<'a, u16>,
+    /// `[T, H]` of the input type; aligned to 16 bytes
+    pub hidden: DevicePtr<'a, u8>,
     /// `[T, k]`, global expert ids, -1 for none
     pub topk_ids: DevicePtr<'a, i32>,
     /// `[T, k]`
     pub topk_weights: DevicePtr<'a, f32>,
-    /// `[T, H]`, 16-bit, written; aligned to 16 bytes
-    pub output: DevicePtr<'a, u16>,
+    /// `[T, H]` of the input type, written; aligned to 16 bytes
+    pub output: DevicePtr<'a, u8>,
     /// Scratch of `workspace_bytes(T)`, whatever it holds; aligned to 16 bytes
     pub workspace: DevicePtr<'a, u8>,
 }
@@ -32,7 +32,9 @@ impl Tensors<'_> {
     /// Checks the lengths for a call with `tokens` tokens.
     pub(super) fn check(&self, config: &MoeConfig, tokens: usize, workspace: usize) -> Result<(), CudaError> {
         let holds = |have: usize, each: usize| tokens.checked_mul(each).is_some_and(|n| have >= n);
-        if !holds(self.hidden.len(), config.hidden) || !holds(self.output.len(), config.hidden) {
+        // At most 2^24 elements.
+        let row = config.hidden * config.input.bytes();
+        if !holds(self.hidden.len(), row) || !holds(self.output.len(), row) {
             return Err(CudaError::Argument("hidden states or output are shorter than the tokens' rows"));
         }
         if !holds(self.topk_ids.len(), config.topk) || !holds(self.topk_weights.len(), config.topk) {
@@ -49,12 +51,12 @@ impl Tensors<'_> {
 /// hold tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchedTensors<'a> {
-    /// `[E, max, H]`, 16-bit; aligned to 16 bytes
-    pub hidden: DevicePtr<'a, u16>,
+    /// `[E, max, H]` of the input type, as bytes; aligned to 16 bytes
+    pub hidden: DevicePtr<'a, u8>,
     /// `[E]`
     pub counts: DevicePtr<'a, i32>,
-    /// `[E, max, H]`, 16-bit, written where there are tokens: results without routing weights
-    pub output: DevicePtr<'a, u16>,
+    /// `[E, max, H]` of the input type, as bytes, written where there are tokens: results without routing weights
+    pub output: DevicePtr<'a, u8>,
     /// Scratch of `workspace_bytes(max)`, whatever it holds; aligned to 16 bytes
     pub workspace: DevicePtr<'a, u8>,
 }
@@ -62,7 +64,7 @@ pub struct BatchedTensors<'a> {
 impl BatchedTensors<'_> {
     /// Checks the lengths for a call with `max` slots.
     pub(super) fn check(&self, config: &MoeConfig, max: usize, workspace: usize) -> Result<(), CudaError> {
-        let want = max.checked_mul(config.local_experts * config.hidden);
+        let want = max.checked_mul(config.local_experts * config.hidden * config.input.bytes());
         let holds = |have: usize| want.is_some_and(|want| have >= want);
         if !holds(self.hidden.len()) || !holds(self.output.len()) {
             return Err(CudaError::Argument("hidden states or output are shorter than the experts' slots"));

@@ -1,5 +1,6 @@
 //! `cuda_emulation`: the layer from its definition on the GPU, in float32 over canonical weights, which lie there as the
-//! checkpoint has them. For every scheme, weight key and activation, and slow; what fast kernels are compared with.
+//! checkpoint has them, and with activations quantised as their key says. For every scheme, key pair and activation, and
+//! slow; what fast kernels are compared with.
 
 mod arena;
 mod matrix;
@@ -9,8 +10,10 @@ use super::call::Tensors;
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
-use super::{CudaError, Stream};
-use crate::config::{ActivationFormat, InputType, MoeConfig};
+use super::{CudaError, Stream, quantize};
+use crate::config::{ActivationFormat, MoeConfig};
+use crate::oracle::{self, ConvertError, QuantConfigError};
+use crate::scheme::QuantKey;
 use crate::weights::{MoeWeights, WeightError};
 use arena::Arena;
 use bytemuck::{Pod, Zeroable};
@@ -20,25 +23,33 @@ use matrix::Expert;
 const THREADS: usize = 256;
 /// The most blocks of a launch; warps go on to further results.
 const MAX_BLOCKS: usize = 1 << 20;
-/// Elements between the projections that one launch makes, 256 MiB: more tokens take further launches.
-const MAX_MIDDLE: usize = 1 << 26;
+/// Elements that a launch leaves in the workspace, 256 MiB: more tokens take further launches.
+const MAX_SCRATCH: usize = 1 << 26;
 
 /// Why there is no emulation of a layer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmulationError {
-    /// The weights contradict themselves or the layer.
+    /// The weights contradict themselves.
     #[error(transparent)]
     Weights(#[from] WeightError),
+    /// They are of another layer.
+    #[error(transparent)]
+    Convert(#[from] ConvertError),
+    /// A stored activation scale is missing.
+    #[error(transparent)]
+    Scales(#[from] QuantConfigError),
     /// The layer or the GPU.
     #[error(transparent)]
     Cuda(#[from] CudaError),
 }
 
-/// A layer's experts on a GPU. Activations are never quantised, whatever the layer's key asks.
+/// A layer's experts on a GPU.
 pub struct Emulation {
     first: Kernel,
     second: Kernel,
+    /// What quantises the input of each.
+    quantizers: Option<[Kernel; 2]>,
     layer: Layer,
     config: MoeConfig,
     /// What `layer` points into.
@@ -56,10 +67,12 @@ struct Layer {
     experts: i32,
     local_experts: i32,
     topk: i32,
-    bf16: i32,
+    /// By its place in `InputType::ALL`.
+    input: i32,
     weight_on_input: i32,
     activation: Activation,
-    _pad: i32,
+    /// By its place in the list of kernels/common/quantize.cuh, -1 for none.
+    key: i32,
 }
 
 /// As in kernels/emulation.cu.
@@ -71,19 +84,30 @@ struct Call {
     weights: u64,
     map: u64,
     middle: u64,
+    quantized: u64,
     output: u64,
     first: i64,
     tokens: i64,
 }
 
-const _: () = assert!(size_of::<Expert>() == 192 && size_of::<Layer>() == 56 && size_of::<Call>() == 64);
+const _: () = assert!(size_of::<Expert>() == 200 && size_of::<Layer>() == 56 && size_of::<Call>() == 72);
 
 impl Emulation {
-    /// Uploads the weights, in the stream's order, and waits for it.
-    pub fn new(stream: &Stream, weights: &MoeWeights, config: &MoeConfig) -> Result<Self, EmulationError> {
+    /// Uploads the weights, in the stream's order, and waits for it. With an `activation` key the input of each GEMM is
+    /// quantised as it says; without, never.
+    pub fn new(
+        stream: &Stream,
+        weights: &MoeWeights,
+        activation: Option<QuantKey>,
+        config: &MoeConfig,
+    ) -> Result<Self, EmulationError> {
         let mut layer = layer(config).map_err(CudaError::Argument)?;
         weights.validate()?;
-        fits(weights, config)?;
+        oracle::check_shape(config, weights)?;
+        if let Some(key) = activation {
+            layer.key = quantize::index(key)? as i32;
+            oracle::check_input_scales(weights, key)?;
+        }
         // Once for the size alone.
         let mut arena = Arena::at(0);
         Expert::all(weights, &mut arena)?;
@@ -96,7 +120,12 @@ impl Emulation {
         let experts = DeviceBuffer::of(stream, &experts)?;
         layer.local = experts.address();
         let kernel = |entry| stream.gpu().kernel("emulation", entry);
+        let quantizers = match activation {
+            Some(_) => Some([kernel("emulation_input")?, kernel("emulation_middle")?]),
+            None => None,
+        };
         Ok(Self {
+            quantizers,
             first: kernel("emulation_first")?,
             second: kernel("emulation_second")?,
             layer,
@@ -108,7 +137,7 @@ impl Emulation {
 
     /// Bytes of workspace for up to so many tokens.
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
-        tokens.min(self.tokens_at_once()) * self.middle_per_token() * size_of::<f32>()
+        tokens.min(self.tokens_at_once()) * self.scratch_per_token() * size_of::<f32>()
     }
 
     /// Runs the layer on the stream; does not wait. `map` says which local expert each of the E experts is, -1 for one
@@ -142,6 +171,7 @@ impl Emulation {
             weights: t.topk_weights.address(),
             map: map.map_or(0, |m| m.address()),
             middle: t.workspace.address(),
+            quantized: 0,
             output: t.output.address(),
             first: 0,
             tokens: 0,
@@ -149,28 +179,38 @@ impl Emulation {
         for first in (0..tokens).step_by(self.tokens_at_once()) {
             let now = self.tokens_at_once().min(tokens - first);
             (call.first, call.tokens) = (first as i64, now as i64);
-            for (kernel, results) in
-                [(&self.first, now * self.middle_per_token()), (&self.second, now * self.config.hidden)]
-            {
+            let MoeConfig { topk, hidden, intermediate, .. } = self.config;
+            call.quantized = call.middle + (now * topk * intermediate * size_of::<f32>()) as u64;
+            let [input, middle] =
+                self.quantizers.as_ref().map_or([None; 2], |[input, middle]| [Some(input), Some(middle)]);
+            for (kernel, results) in [
+                (input, now * topk),
+                (Some(&self.first), now * topk * intermediate),
+                (middle, now * topk),
+                (Some(&self.second), now * hidden),
+            ] {
+                let Some(kernel) = kernel else { continue };
                 let blocks = results.div_ceil(THREADS / 32).min(MAX_BLOCKS);
                 let mut args = [Arg::new(&self.layer), Arg::new(&call)];
-                // SAFETY: the arguments are the two parameters of both entries. The kernels read ids, weights and hidden
-                // states of tokens below `tokens` and write output rows of the same, which the check has found in the
-                // tensors; middle elements below `now` tokens', which lie in the workspace; map entries below E; and the
-                // weights, as laid out for this layer, which `self` holds. The rest is the caller's promise.
+                // SAFETY: the arguments are the two parameters of all four entries. The kernels read ids, weights and
+                // hidden states of tokens below `tokens` and write output rows of the same, which the check has found in
+                // the tensors; middle and quantised elements below `now` tokens', which lie in the workspace one after the
+                // other; map entries below E; and the weights, as laid out for this layer, which `self` holds. The rest
+                // is the caller's promise.
                 unsafe { Launch::new(blocks as u32, THREADS as u32).run(stream, kernel, &mut args) }?;
             }
         }
         Ok(())
     }
 
-    /// `layer` has refused sizes whose product overflows.
-    fn middle_per_token(&self) -> usize {
-        self.config.topk * self.config.intermediate
+    /// Elements; `layer` has refused sizes whose product overflows.
+    fn scratch_per_token(&self) -> usize {
+        let quantized = if self.quantizers.is_some() { self.config.hidden } else { 0 };
+        self.config.topk * (self.config.intermediate + quantized)
     }
 
     fn tokens_at_once(&self) -> usize {
-        (MAX_MIDDLE / self.middle_per_token()).max(1)
+        (MAX_SCRATCH / self.scratch_per_token()).max(1)
     }
 }
 
@@ -182,14 +222,9 @@ fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
     if config.format != ActivationFormat::Standard {
         return Err("the emulation on the GPU takes the standard activation format only");
     }
-    let bf16 = match config.input {
-        InputType::Bf16 => 1,
-        InputType::F16 => 0,
-        InputType::F32 => return Err("hidden states on the GPU are bf16 or f16, not float32"),
-    };
-    // The largest layer of one token, 4 GiB between the projections, is far beyond any model.
-    if config.topk.checked_mul(config.intermediate).is_none_or(|n| n > 1 << 30) {
-        return Err("top-k times the intermediate size is beyond any model (2^30)");
+    // The largest layer of one token, 4 GiB of scratch, is far beyond any model.
+    if config.topk.checked_mul(config.intermediate + config.hidden).is_none_or(|n| n > 1 << 30) {
+        return Err("top-k times the sum of hidden and intermediate size is beyond any model (2^30)");
     }
     // `problem` has refused what i32 does not hold.
     let int = |n: usize| n as i32;
@@ -200,28 +235,11 @@ fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
         experts: int(config.experts),
         local_experts: int(config.local_experts),
         topk: int(config.topk),
-        bf16,
+        input: config.input as i32,
         weight_on_input: i32::from(config.weight_on_input),
         activation: Activation::of(config.activation),
-        _pad: 0,
+        key: -1,
     })
-}
-
-/// Whether valid weights are the layer's.
-fn fits(weights: &MoeWeights, config: &MoeConfig) -> Result<(), WeightError> {
-    let shape = [
-        ("the number of experts", weights.experts.len(), config.local_experts),
-        ("the hidden size", weights.hidden(), config.hidden),
-        ("the intermediate size", weights.intermediate(), config.intermediate),
-        ("gated (0 or 1)", usize::from(weights.gated()), usize::from(config.activation.gated())),
-    ];
-    match shape.into_iter().find(|(_, have, want)| have != want) {
-        Some((what, have, want)) => Err(WeightError {
-            tensor: "experts".into(),
-            problem: format!("{what} is {have} in the weights and {want} in the layer's configuration"),
-        }),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@ use super::decode::Decode;
 use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
 use super::mma::{Mma, Tile};
-use super::pack::PackedExperts;
+use super::pack::{Compute, PackedExperts};
 use super::{CudaError, Stream};
-use crate::config::{ActivationFormat, MoeConfig};
+use crate::config::{ActivationFormat, InputType, MoeConfig};
 use crate::kernel;
-use crate::oracle::ConvertError;
+use crate::oracle::{self, ConvertError};
+use crate::scheme::QuantKey;
 use crate::weights::{ExpertWeights, MoeWeights};
 
 /// Weights in the layout of a GPU backend, still on the host.
@@ -18,8 +19,13 @@ pub enum GpuWeights {
     Decode(PackedExperts),
     /// For `cuda_mma`.
     Mma(PackedExperts),
-    /// For `cuda_emulation`, as read.
-    Emulation(MoeWeights),
+    /// For `cuda_emulation`.
+    Emulation {
+        /// As read.
+        weights: MoeWeights,
+        /// What the input of each GEMM is quantised to; `None`: activations stay exact.
+        activation: Option<QuantKey>,
+    },
 }
 
 impl GpuWeights {
@@ -27,7 +33,7 @@ impl GpuWeights {
     pub fn bytes_per_expert(&self) -> usize {
         match self {
             GpuWeights::Decode(packed) | GpuWeights::Mma(packed) => packed.bytes_per_expert,
-            GpuWeights::Emulation(weights) => weights.experts.first().map_or(0, ExpertWeights::bytes),
+            GpuWeights::Emulation { weights, .. } => weights.experts.first().map_or(0, ExpertWeights::bytes),
         }
     }
 }
@@ -82,6 +88,14 @@ pub struct CudaKernel {
     bytes_per_expert: usize,
 }
 
+/// Packed weights are for one type of hidden states, which those of a call, given as bytes, do not show.
+fn check_input(packed: Compute, input: InputType) -> Result<(), CudaError> {
+    match (packed, input) {
+        (Compute::Bf16, InputType::Bf16) | (Compute::F16, InputType::F16) => Ok(()),
+        _ => Err(CudaError::Argument("the weights were packed for another type of hidden states than the layer's")),
+    }
+}
+
 impl CudaKernel {
     /// Uploads the weights and loads the kernels. `map[global]` is a local expert or -1; required where
     /// `local_experts` is less than `experts`.
@@ -97,18 +111,9 @@ impl CudaKernel {
         if config.format == ActivationFormat::Standard || map.is_some() {
             kernel::check_map(map, config)?;
         }
-        let (experts, hidden, intermediate, gated) = match weights {
-            GpuWeights::Decode(p) | GpuWeights::Mma(p) => (p.experts, p.hidden, p.intermediate, p.gated),
-            GpuWeights::Emulation(w) => (w.experts.len(), w.hidden(), w.intermediate(), w.gated()),
-        };
-        let sizes = [
-            ("the number of experts", experts, config.local_experts),
-            ("the hidden size", hidden, config.hidden),
-            ("the intermediate size", intermediate, config.intermediate),
-            ("gated (0 or 1)", usize::from(gated), usize::from(config.activation.gated())),
-        ];
-        if let Some(&(what, have, want)) = sizes.iter().find(|(_, have, want)| have != want) {
-            return Err(ConvertError::Shape { what, have, want }.into());
+        if let GpuWeights::Decode(packed) | GpuWeights::Mma(packed) = weights {
+            check_input(packed.format.compute, config.input)?;
+            oracle::check_sizes(config, [packed.experts, packed.hidden, packed.intermediate], Some(packed.gated))?;
         }
         let experts = match weights {
             GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),
@@ -118,7 +123,9 @@ impl CudaKernel {
                 let mma = Mma::new(stream, packed, decode.matrices(), config)?;
                 Experts::Mma(mma, decode, Families::of(config))
             }
-            GpuWeights::Emulation(weights) => Experts::Emulation(Emulation::new(stream, weights, config)?),
+            GpuWeights::Emulation { weights, activation } => {
+                Experts::Emulation(Emulation::new(stream, weights, *activation, config)?)
+            }
         };
         let map = map.map(|m| DeviceBuffer::of(stream, m)).transpose()?;
         Ok(Self { config: *config, map, experts, bytes_per_expert: weights.bytes_per_expert() })
@@ -211,6 +218,20 @@ impl CudaKernel {
                 Experts::Mma(_, decode, f) if max <= f.decode_up_to => decode.forward_batched(stream, t, max),
                 Experts::Mma(mma, ..) => mma.forward_batched(stream, t, max),
                 Experts::Emulation(_) => Err(CudaError::Argument("the emulation takes the standard format only")),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_packed_for_another_input_type_are_refused() {
+        for (packed, own) in [(Compute::Bf16, InputType::Bf16), (Compute::F16, InputType::F16)] {
+            for input in InputType::ALL {
+                assert_eq!(check_input(packed, input).is_ok(), input == own, "{packed:?} {input:?}");
             }
         }
     }

@@ -20,6 +20,7 @@ mod module;
 pub mod pack;
 mod permute;
 mod projection;
+pub mod quantize;
 pub mod routing;
 mod stream;
 

@@ -13,7 +13,7 @@ pub use workspace::ALIGN;
 
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::cpu::{Executor, Experts, ExpertsCall};
-use crate::oracle::ConvertError;
+use crate::oracle::{self, ConvertError};
 use std::marker::PhantomData;
 
 /// How tokens come in and results go out.
@@ -111,14 +111,7 @@ impl<P: PrepareFinalize, X: Experts> MoeKernel<P, X> {
         if P::FORMAT == ActivationFormat::Standard || map.is_some() {
             check_map(map.as_deref(), config)?;
         }
-        let sizes = [
-            ("the number of experts", experts.experts(), config.local_experts),
-            ("the hidden size", experts.hidden(), config.hidden),
-            ("the intermediate size", experts.intermediate(), config.intermediate),
-        ];
-        if let Some(&(what, have, want)) = sizes.iter().find(|(_, have, want)| have != want) {
-            return Err(ConvertError::Shape { what, have, want });
-        }
+        oracle::check_sizes(config, [experts.experts(), experts.hidden(), experts.intermediate()], None)?;
         Ok(Self { config: *config, experts, map, prepare: PhantomData })
     }
 

@@ -39,6 +39,8 @@ impl Kernel {
             (KernelWeights::Gpu(weights), Device::Gpu(stream)) => {
                 Ok(Kernel::Gpu(stream.clone(), crate::cuda::CudaKernel::new(stream, &weights, config, None)?))
             }
+            #[cfg(feature = "cuda")]
+            (_, Device::Gpu(_)) => Err(LayerError::Device),
             (weights, _) => Ok(Kernel::Cpu(MoeKernel::new(weights.into_experts(config, quant)?, config, None)?)),
         }
     }
@@ -72,7 +74,7 @@ impl Kernel {
     }
 }
 
-/// Through the GPU's 16-bit types: the hidden states are rounded on the way in.
+/// Through the layer's input type: 16-bit ones round the hidden states on the way in.
 #[cfg(feature = "cuda")]
 fn gpu(
     stream: &crate::cuda::Stream,
@@ -85,12 +87,13 @@ fn gpu(
     use crate::cuda::{DeviceBuffer, Tensors};
     let c = kernel.config();
     let tokens = crate::kernel::check_routed(c, hidden.len(), ids, weights)?;
-    let f16 = c.input == InputType::F16;
-    let to_bits = |v: &f32| if f16 { half::f16::from_f32(*v).to_bits() } else { half::bf16::from_f32(*v).to_bits() };
-    let x: Vec<u16> = hidden.iter().map(to_bits).collect();
-    let (x, ids, weights) =
-        (DeviceBuffer::of(stream, &x)?, DeviceBuffer::of(stream, ids)?, DeviceBuffer::of(stream, weights)?);
-    let output = DeviceBuffer::alloc(stream.gpu(), 2 * hidden.len())?;
+    let x = match c.input {
+        InputType::Bf16 => DeviceBuffer::of(stream, &map(hidden, |v| half::bf16::from_f32(*v)))?,
+        InputType::F16 => DeviceBuffer::of(stream, &map(hidden, |v| half::f16::from_f32(*v)))?,
+        InputType::F32 => DeviceBuffer::of(stream, hidden)?,
+    };
+    let (ids, weights) = (DeviceBuffer::of(stream, ids)?, DeviceBuffer::of(stream, weights)?);
+    let output = DeviceBuffer::alloc(stream.gpu(), x.len())?;
     let workspace = DeviceBuffer::alloc(stream.gpu(), kernel.workspace_bytes(tokens))?;
     let tensors = Tensors {
         hidden: x.ptr(),
@@ -102,11 +105,28 @@ fn gpu(
     // SAFETY: every buffer was made on this stream's GPU above, is touched by this stream only, and lives until the
     // download below has waited for the stream.
     let launched = unsafe { kernel.forward(stream, &tensors, tokens) };
-    let mut bits = vec![0u16; hidden.len()];
     // Waits whether the launch succeeded or not, so that no work outlives the buffers.
     let waited = stream.synchronize();
     launched.and(waited)?;
-    output.download(stream, 0, &mut bits)?;
-    let value = |b: &u16| if f16 { half::f16::from_bits(*b).to_f32() } else { half::bf16::from_bits(*b).to_f32() };
-    Ok(bits.iter().map(value).collect())
+    Ok(match c.input {
+        InputType::Bf16 => map(&download::<half::bf16>(stream, &output)?, |v| v.to_f32()),
+        InputType::F16 => map(&download::<half::f16>(stream, &output)?, |v| v.to_f32()),
+        InputType::F32 => download(stream, &output)?,
+    })
+}
+
+#[cfg(feature = "cuda")]
+fn map<T, U>(from: &[T], f: impl FnMut(&T) -> U) -> Vec<U> {
+    from.iter().map(f).collect()
+}
+
+/// A whole buffer.
+#[cfg(feature = "cuda")]
+fn download<T: bytemuck::Pod>(
+    stream: &crate::cuda::Stream,
+    from: &crate::cuda::DeviceBuffer,
+) -> Result<Vec<T>, crate::cuda::CudaError> {
+    let mut to = vec![T::zeroed(); from.len() / size_of::<T>()];
+    from.download(stream, 0, &mut to)?;
+    Ok(to)
 }

@@ -39,6 +39,12 @@ pub enum LayerError {
     /// Missing scales.
     #[error(transparent)]
     Quant(#[from] QuantConfigError),
+    /// A backend for the CPU, and a GPU to run it.
+    #[cfg(feature = "cuda")]
+    #[error(
+        "the backend that was chosen runs on the CPU, not on the GPU given: select for the GPU's platform, or for Device::Cpu"
+    )]
+    Device,
     /// The GPU's part.
     #[cfg(feature = "cuda")]
     #[error(transparent)]

@@ -128,18 +128,28 @@ pub(super) fn check(
         return Err(ConvertError::Scheme { have: name(weights.scheme, weights.weight_key), want: name(scheme, key) });
     }
     weights.validate()?;
-    let shape = [
-        ("the number of experts", weights.experts.len(), config.local_experts),
-        ("the hidden size", weights.hidden(), config.hidden),
-        ("the intermediate size", weights.intermediate(), config.intermediate),
-        ("gated (0 or 1)", weights.gated() as usize, config.activation.gated() as usize),
+    check_shape(config, weights)
+}
+
+/// Whether valid weights are of the layer's shape.
+pub(crate) fn check_shape(config: &MoeConfig, weights: &MoeWeights) -> Result<(), ConvertError> {
+    check_sizes(config, [weights.experts.len(), weights.hidden(), weights.intermediate()], Some(weights.gated()))
+}
+
+/// Whether local experts, hidden and intermediate size are the layer's, and the gate where it is known.
+pub(crate) fn check_sizes(config: &MoeConfig, sizes: [usize; 3], gated: Option<bool>) -> Result<(), ConvertError> {
+    let want = config.activation.gated();
+    let [experts, hidden, intermediate] = sizes;
+    let pairs = [
+        ("the number of experts", experts, config.local_experts),
+        ("the hidden size", hidden, config.hidden),
+        ("the intermediate size", intermediate, config.intermediate),
+        ("gated (0 or 1)", usize::from(gated.unwrap_or(want)), usize::from(want)),
     ];
-    for (what, have, want) in shape {
-        if have != want {
-            return Err(ConvertError::Shape { what, have, want });
-        }
+    match pairs.into_iter().find(|(_, have, want)| have != want) {
+        Some((what, have, want)) => Err(ConvertError::Shape { what, have, want }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 pub(super) fn convert(
@@ -147,6 +157,7 @@ pub(super) fn convert(
     config: &MoeConfig,
     platform: &Platform,
     weights: MoeWeights,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] activation: Option<QuantKey>,
 ) -> Result<KernelWeights, ConvertError> {
     match (kernel.experts, platform) {
         (ExpertsKind::Reference, _) => Ok(KernelWeights::Canonical { weights, numerics: kernel.numerics }),
@@ -165,7 +176,8 @@ pub(super) fn convert(
         }
         #[cfg(feature = "cuda")]
         (ExpertsKind::Emulation, Platform::Cuda(_)) if NO_CUDA.is_none() => {
-            Ok(KernelWeights::Gpu(crate::cuda::GpuWeights::Emulation(weights)))
+            let activation = activation.filter(|_| kernel.numerics == Numerics::AsKeyed);
+            Ok(KernelWeights::Gpu(crate::cuda::GpuWeights::Emulation { weights, activation }))
         }
         (_, Platform::Cuda(_)) if kernel.experts != ExpertsKind::Simd => {
             Err(ConvertError::NotBuilt { name: kernel.name, why: NO_CUDA.unwrap_or("it has no packer") })
@@ -195,16 +207,22 @@ pub(super) fn quant_config(
 ) -> Result<QuantConfig, QuantConfigError> {
     let Some(weight) = weight else { return Err(QuantConfigError::Unquantized) };
     if let Some(key) = activation {
-        let stored = |s: &crate::scheme::ScaleDesc| !s.dynamic && s.group.rows == Extent::All;
-        if stored(&key.scale) || key.scale2.as_ref().is_some_and(stored) {
-            let usable = |s: Option<f32>| s.is_some_and(|s| s.is_finite() && s > 0.0);
-            let bad = weights.experts.iter().position(|e| !usable(e.input_scale) || !usable(e.down_input_scale));
-            if let Some(expert) = bad {
-                return Err(QuantConfigError::InputScale { expert, key });
-            }
-        }
+        check_input_scales(weights, key)?;
     }
     Ok(QuantConfig { weight, activation })
+}
+
+/// Whether every expert has the stored scales that an activation key needs.
+pub(crate) fn check_input_scales(weights: &MoeWeights, key: QuantKey) -> Result<(), QuantConfigError> {
+    let stored = |s: &crate::scheme::ScaleDesc| !s.dynamic && s.group.rows == Extent::All;
+    if !stored(&key.scale) && !key.scale2.as_ref().is_some_and(stored) {
+        return Ok(());
+    }
+    let usable = |s: Option<f32>| s.is_some_and(|s| s.is_finite() && s > 0.0);
+    match weights.experts.iter().position(|e| !usable(e.input_scale) || !usable(e.down_input_scale)) {
+        Some(expert) => Err(QuantConfigError::InputScale { expert, key }),
+        None => Ok(()),
+    }
 }
 
 impl KernelWeights {
@@ -230,8 +248,11 @@ impl KernelWeights {
 
     /// For exact activations whatever the key asks, where the backend can do both.
     pub fn with_exact_activations(mut self) -> Self {
-        if let KernelWeights::Canonical { numerics, .. } = &mut self {
-            *numerics = Numerics::WeightOnly;
+        match &mut self {
+            KernelWeights::Canonical { numerics, .. } => *numerics = Numerics::WeightOnly,
+            #[cfg(feature = "cuda")]
+            KernelWeights::Gpu(crate::cuda::GpuWeights::Emulation { activation, .. }) => *activation = None,
+            _ => {}
         }
         self
     }

@@ -7,7 +7,10 @@ mod convert;
 mod dynamic;
 mod select;
 
+pub(crate) use convert::check_sizes;
 pub use convert::{ConvertError, KernelWeights, NO_CUDA, QuantConfig, QuantConfigError};
+#[cfg(feature = "cuda")]
+pub(crate) use convert::{check_input_scales, check_shape};
 pub use dynamic::{Candidate, DynOracle, find};
 pub use select::*;
 
@@ -65,7 +68,7 @@ pub trait MoeKernelOracle: Copy + Default + Send + Sync + 'static {
         weights: MoeWeights,
     ) -> Result<KernelWeights, ConvertError> {
         convert::check(config, &weights, Self::SCHEME, Self::WEIGHT_KEY)?;
-        convert::convert(Self::kernel(backend), config, platform, weights)
+        convert::convert(Self::kernel(backend), config, platform, weights, Self::ACTIVATION_KEY)
     }
 
     /// What the kernel needs to know of scales and activations; the unquantized oracle has none, which is an error.

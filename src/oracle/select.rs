@@ -37,7 +37,7 @@ pub enum ExpertsKind {
     Decode,
     /// CUDA kernels for any number of tokens: a grouped GEMM, and those for few tokens.
     Mma,
-    /// CUDA kernels that compute from the definition over canonical weights; activations stay exact.
+    /// CUDA kernels that compute from the definition over canonical weights.
     Emulation,
 }
 
@@ -58,6 +58,8 @@ pub struct KernelInfo {
     pub activations: u32,
     /// A bit for each place of [`ActivationFormat::ALL`]: see [`takes`](Self::takes).
     pub formats: u32,
+    /// A bit for each place of [`InputType::ALL`]: see [`reads`](Self::reads).
+    pub inputs: u32,
 }
 
 /// What a caller asks of a selection beside the layer.
@@ -116,9 +118,9 @@ pub enum Unsupported {
     /// Sizes that nothing could serve.
     #[error("{0}")]
     Shape(&'static str),
-    /// float32 hidden states on tensor cores.
-    #[error("it takes bf16 or f16 hidden states, not float32")]
-    Input,
+    /// The type of hidden states.
+    #[error("it does not take {0} hidden states")]
+    Input(&'static str),
     /// Its kernels were left out of this build.
     #[error("its kernels are not in this build: {0}")]
     NotBuilt(&'static str),
@@ -128,9 +130,6 @@ pub enum Unsupported {
     /// A transport that we can't work behind.
     #[error("the mori transport exists only together with AITER on ROCm")]
     Transport,
-    /// The name stands for a kind of GPU kernel that is not in the table.
-    #[error("`{}` asks for a kind of NVIDIA kernel that this version does not have", .0.name())]
-    NameNeedsGpuKernel(MoeBackend),
     /// The name stands for other hardware.
     #[error("`{}` stands for another vendor's hardware, for which this crate has no kernels", .0.name())]
     NameOfOtherHardware(MoeBackend),
@@ -240,7 +239,7 @@ pub(super) const fn named(names: &[&str], all: &[&str]) -> u32 {
         }
         assert!(
             place < all.len(),
-            "the table names an activation or an activation format that the crate does not know"
+            "the table names an activation, an activation format or an input type that the crate does not know"
         );
         bits |= 1 << place;
         i += 1;
@@ -271,6 +270,11 @@ impl KernelInfo {
     /// Whether it takes tokens in this format.
     pub const fn takes(&self, format: ActivationFormat) -> bool {
         self.formats & 1 << format as u32 != 0
+    }
+
+    /// Whether it reads and writes hidden states of this type.
+    pub const fn reads(&self, input: InputType) -> bool {
+        self.inputs & 1 << input as u32 != 0
     }
 }
 
@@ -311,10 +315,10 @@ pub const fn supports(
     if matches!(config.parallel.all2all, All2All::Mori) {
         return Err(Unsupported::Transport);
     }
+    if !kernel.reads(config.input) {
+        return Err(Unsupported::Input(config.input.name()));
+    }
     if let Device::Cuda { .. } = kernel.device {
-        if matches!(config.input, InputType::F32) {
-            return Err(Unsupported::Input);
-        }
         if !config.hidden.is_multiple_of(8) {
             return Err(Unsupported::Shape("it needs a hidden size that is a multiple of 8"));
         }

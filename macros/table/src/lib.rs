@@ -73,8 +73,6 @@ pub struct Names {
     /// Names of `means` that mean another backend on NVIDIA GPUs.
     #[serde(default)]
     pub on_cuda: BTreeMap<String, String>,
-    /// Names of NVIDIA kernels that have no row.
-    pub gpu_only: Vec<String>,
     /// Names of other vendors' kernels.
     pub other_hardware: Vec<String>,
     /// Names that mean `auto`.
@@ -159,8 +157,16 @@ pub struct Backend {
     pub activations: Which,
     /// Activation formats.
     pub formats: Which,
+    /// Types of hidden states.
+    #[serde(default = "half_types")]
+    pub inputs: Which,
     /// What build.rs compiles for it.
     pub kernels: Vec<Kernel>,
+}
+
+/// What a row reads that says nothing of it.
+fn half_types() -> Which {
+    Which::Some(vec!["bf16".into(), "f16".into()])
 }
 
 /// `cpu_simd` to `CpuSimd`.
@@ -223,7 +229,7 @@ impl Scheme {
         }
         unique("backend", self.backend.iter().map(|b| b.name.as_str()))?;
         let n = &self.names;
-        let names = n.means.keys().chain(&n.gpu_only).chain(&n.other_hardware).chain(&n.as_auto);
+        let names = n.means.keys().chain(&n.other_hardware).chain(&n.as_auto);
         unique("name", names.map(String::as_str).chain(self.backend.iter().map(|b| b.name.as_str())))?;
         if let Some(name) = n.on_cuda.keys().find(|name| !n.means.contains_key(*name)) {
             return Err(format!(
@@ -242,6 +248,7 @@ impl Scheme {
                 // Which names there are is the crate's to say, when it compiles the expansion.
                 all_or_some("activations", &b.activations)?;
                 all_or_some("formats", &b.formats)?;
+                all_or_some("inputs", &b.inputs)?;
                 b.kernels.iter().try_for_each(Kernel::check)?;
                 match (b.device.as_str(), b.experts.as_str()) {
                     ("cpu", "simd" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
@@ -270,7 +277,6 @@ mod tests {
         pairs = [{ alias = "A", doc = "d" }]
         [scheme.names]
         means = { cpu = "cpu_simd" }
-        gpu_only = []
         other_hardware = []
         as_auto = []
         [[scheme.backend]]

@@ -42,6 +42,7 @@ impl<const W: u64, const A: u64> Int8CudaMma<W, A> {
         pairs: &[(INT8_STATIC_CHANNEL_SYM.bits(), UNQUANTIZED)],
         activations: named(&["silu", "gelu"], &crate::config::Activation::NAMES),
         formats: named(&["standard"], &crate::config::ActivationFormat::NAMES),
+        inputs: named(&["bf16", "f16"], &crate::config::InputType::NAMES),
     };
 }
 ///The `cpu_reference` kernel of the `int8` scheme: zero-sized, one type per key pair.
@@ -66,6 +67,7 @@ impl<const W: u64, const A: u64> Int8CpuReference<W, A> {
             &crate::config::ActivationFormat::NAMES,
             &crate::config::ActivationFormat::NAMES,
         ),
+        inputs: named(&["bf16", "f16"], &crate::config::InputType::NAMES),
     };
 }
 impl<const W: u64, const A: u64> Int8<W, A> {
@@ -101,7 +103,6 @@ impl<const W: u64, const A: u64> Int8<W, A> {
             MoeBackend::Emulation => Ok(Some(Int8Backend::CpuReference)),
             MoeBackend::CudaMma => Ok(Some(Int8Backend::CudaMma)),
             MoeBackend::CpuReference => Ok(Some(Int8Backend::CpuReference)),
-            MoeBackend::Triton => Err(Unsupported::NameNeedsGpuKernel(name)),
             MoeBackend::Aiter => Err(Unsupported::NameOfOtherHardware(name)),
             #[allow(unreachable_patterns)]
             _ => {
@@ -197,8 +198,6 @@ pub enum MoeBackend {
     Emulation,
     ///`humming`
     Humming,
-    ///`triton`
-    Triton,
 }
 impl MoeBackend {
     /// Every name.
@@ -209,7 +208,6 @@ impl MoeBackend {
         MoeBackend::CudaMma,
         MoeBackend::Emulation,
         MoeBackend::Humming,
-        MoeBackend::Triton,
     ];
     /// As users write it.
     pub const fn name(self) -> &'static str {
@@ -220,7 +218,6 @@ impl MoeBackend {
             MoeBackend::CudaMma => "cuda_mma",
             MoeBackend::Emulation => "emulation",
             MoeBackend::Humming => "humming",
-            MoeBackend::Triton => "triton",
         }
     }
 }

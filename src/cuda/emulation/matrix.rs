@@ -34,6 +34,8 @@ pub(super) struct Expert {
     gate_bias: u64,
     up_bias: u64,
     down_bias: u64,
+    input_scale: f32,
+    down_input_scale: f32,
 }
 
 impl Expert {
@@ -55,6 +57,9 @@ impl Expert {
             gate_bias: arena.put(e.gate_bias.as_deref()),
             up_bias: arena.put(e.up_bias.as_deref()),
             down_bias: arena.put(e.down_bias.as_deref()),
+            // Keys without stored scales do not look at them.
+            input_scale: e.input_scale.unwrap_or(1.0),
+            down_input_scale: e.down_input_scale.unwrap_or(1.0),
         })
     }
 }

@@ -2,21 +2,22 @@
 
 use super::key_name;
 use crate::failure::{Out, Outcome};
-use moe_oracle::config::{Activation, ActivationFormat};
+use moe_oracle::config::{Activation, ActivationFormat, InputType};
 use moe_oracle::oracle::{Device, DynOracle, ExpertsKind, KernelInfo, Numerics, ORACLES, SUPPORT};
 use moe_oracle::scheme::Scheme;
 
 /// Writes the matrix.
 pub fn run() -> Outcome {
     let mut out = Out::new();
-    out.line("| scheme | backend | runs on | keys | activations | formats | numerics |")?;
-    out.line("|---|---|---|---|---|---|---|")?;
+    out.line("| scheme | backend | runs on | keys | hidden states | activations | formats | numerics |")?;
+    out.line("|---|---|---|---|---|---|---|---|")?;
     for (scheme, kernel) in SUPPORT {
         out.line(format_args!(
-            "| {scheme} | `{}` | {} | {} | {} | {} | {} |",
+            "| {scheme} | `{}` | {} | {} | {} | {} | {} | {} |",
             kernel.name,
             device(kernel),
             keys(*scheme, kernel),
+            names(InputType::ALL.iter().filter(|t| kernel.reads(**t)).map(|t| t.name())),
             some(&Activation::ALL, |a| kernel.computes(*a), |a| a.name()),
             some(&ActivationFormat::ALL, |f| kernel.takes(*f), |f| f.name()),
             match kernel.numerics {
@@ -61,5 +62,9 @@ fn some<T>(all: &[T], is_in: impl Fn(&T) -> bool, name: impl Fn(&T) -> &'static 
     if all.len() > 2 && all.iter().all(&is_in) {
         return format!("all {}", all.len());
     }
-    all.iter().filter(|t| is_in(t)).map(name).collect::<Vec<_>>().join(", ")
+    names(all.iter().filter(|t| is_in(t)).map(name))
+}
+
+fn names(of: impl Iterator<Item = &'static str>) -> String {
+    of.collect::<Vec<_>>().join(", ")
 }
