@@ -72,6 +72,7 @@ __device__ __forceinline__ int2 sum_before(int2 mine, int2& all) {
     __syncthreads();
     int2 before = make_int2(0, 0);
     all = before;
+#pragma unroll 4
     for (int w = 0; w < kThreads / 32; w++) {
         if (w == warp) before = all;
         all.x += warps[w].x, all.y += warps[w].y;

@@ -67,12 +67,14 @@ impl Tile {
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
-    /// weights are read and unpacked once.
-    fn of(assignments: usize, experts: usize) -> Self {
+    /// weights are read and unpacked once. The largest pays only where nothing is unpacked and most tiles are full
+    /// (benches/RESULTS.md has the times of all).
+    fn of(format: Format, assignments: usize, experts: usize) -> Self {
         let mean = assignments as f64 / experts as f64;
         // One standard deviation more than the mean.
         let most = mean + mean.sqrt();
-        Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).unwrap_or(Tile::T128)
+        let largest = if format.codes == Codes::Half && mean >= 256.0 { Tile::T128 } else { Tile::T64 };
+        Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).map_or(largest, |t| t.min(largest))
     }
 }
 
@@ -171,6 +173,7 @@ pub(super) struct Mma {
     permute: Permute,
     matrices: [Matrix; 2],
     scales: ScaleLayout,
+    format: Format,
     config: MoeConfig,
     x: Planes,
     middle: Planes,
@@ -213,6 +216,7 @@ impl Mma {
                 zero: i32::from(format.scales.zeros()),
                 bf16: i32::from(format.scale_bf16),
             },
+            format,
             config: *config,
             x: planes(packed.first.blocks),
             middle: planes(packed.second.blocks),
@@ -232,7 +236,7 @@ impl Mma {
 
     /// The kernel for so many assignments: of the wanted tile, or the largest below it that this GPU runs.
     fn kernel(&self, assignments: usize, experts: usize) -> Result<(Tile, &Kernel, Ring), CudaError> {
-        let wanted = self.tile.unwrap_or_else(|| Tile::of(assignments, experts));
+        let wanted = self.tile.unwrap_or_else(|| Tile::of(self.format, assignments, experts));
         let fitting = Tile::ALL.into_iter().zip(&self.kernels).rev().filter(|(t, _)| *t <= wanted);
         let found = fitting.into_iter().find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
         found.ok_or(CudaError::NoKernel("mma"))
@@ -447,17 +451,21 @@ mod tests {
 
     #[test]
     fn tiles_grow_with_the_tokens_of_an_expert() {
-        for (tokens, experts, topk, want) in [
-            (9, 128, 8, Tile::T16),
-            (64, 128, 8, Tile::T16),
-            (256, 128, 8, Tile::T32),
-            (4096, 128, 8, Tile::T128),
-            (64, 8, 2, Tile::T32),
-            (1, 1, 1, Tile::T16),
+        let (half, int4) = (format(Codes::Half, StageScales::None), format(Codes::U4, StageScales::Half(1, false)));
+        for (format, tokens, experts, topk, want) in [
+            (int4, 9, 128, 8, Tile::T16),
+            (int4, 64, 128, 8, Tile::T16),
+            (int4, 256, 128, 8, Tile::T32),
+            (int4, 1024, 128, 8, Tile::T64),
+            (int4, 4096, 128, 8, Tile::T64),
+            (half, 1024, 128, 8, Tile::T64),
+            (half, 4096, 128, 8, Tile::T128),
+            (int4, 64, 8, 2, Tile::T32),
+            (half, 1, 1, 1, Tile::T16),
         ] {
-            assert_eq!(Tile::of(tokens * topk, experts), want, "{tokens} {experts}");
+            assert_eq!(Tile::of(format, tokens * topk, experts), want, "{format:?} {tokens} {experts}");
         }
-        let tiles: Vec<Tile> = (0..20_000).map(|t| Tile::of(t, 64)).collect();
+        let tiles: Vec<Tile> = (0..20_000).map(|t| Tile::of(half, t, 64)).collect();
         assert!(tiles.is_sorted());
     }
 }
