@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#if __CUDA_ARCH__ >= 900 && !defined(MOE_NO_BULK)
+#define MOE_BULK 1
+#else
+#define MOE_BULK 0
+#endif
+
 namespace moe {
 
 // Waits until the grid that this one depends on has finished and its writes are visible.
@@ -32,6 +38,18 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// The same, known at run time; at most 5 are told apart.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+    switch (pending) {
+        case 0: wait_for_copies<0>(); break;
+        case 1: wait_for_copies<1>(); break;
+        case 2: wait_for_copies<2>(); break;
+        case 3: wait_for_copies<3>(); break;
+        case 4: wait_for_copies<4>(); break;
+        default: wait_for_copies<5>();
+    }
+}
+
 #if __CUDA_ARCH__ >= 900
 // Copies `bytes` (a multiple of 16) in the background and tells `barrier` when they are there.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -40,16 +58,16 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                  : "memory");
 }
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
 // Makes initialised barriers known to the copy engine.
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // One arrival, and `bytes` to wait for.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
@@ -61,6 +79,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 }
 #endif
 
+// A barrier of some of the block's warps, all of which must know its number (not 0) and how many threads they are.
+__device__ __forceinline__ void group_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Reads through L2: what an earlier grid wrote is seen even if this grid began before that one ended.
 __device__ __forceinline__ uint4 load_16(const void* p) {
     uint4 v;
@@ -71,6 +94,16 @@ __device__ __forceinline__ uint2 load_8(const void* p) {
     uint2 v;
     asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
+}
+
+__device__ __forceinline__ void store_16(uint32_t at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_8(uint32_t at, uint2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_4(uint32_t at, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }
 
 template <class T>
@@ -89,5 +122,7 @@ __device__ __forceinline__ T read_shared(uint32_t at) {
     }
     return v;
 }
+
+__device__ __forceinline__ float read_float(uint32_t at) { return __uint_as_float(read_shared<uint32_t>(at)); }
 
 }  // namespace moe
