@@ -296,7 +296,8 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
 // Blocks per multiprocessor that the registers must allow: two where they do without spills, so that the second kernel's
 // blocks can wait beside the first's.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int kBlocks = moe::S::kZero || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1) ? 1 : 2;
+constexpr bool kManyScales = moe::S::kGroups > 2 && moe::S::kRegisters == moe::S::kGroups;
+constexpr int kBlocks = moe::S::kZero || kManyScales || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1) ? 1 : 2;
 #else
 constexpr int kBlocks = 1;
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+// Copies by the engine; MOE_NO_BULK takes the older architectures' way, to try it on a newer GPU.
 #if __CUDA_ARCH__ >= 900 && !defined(MOE_NO_BULK)
 #define MOE_BULK 1
 #else

@@ -118,43 +118,62 @@ impl Sizes {
         let chunks = self.first_blocks.div_ceil(2 * first_stages(self.format, place));
         let units = self.first_slabs * tokens * self.topk;
         let each = units.div_ceil(gpu.multiprocessors);
+        let half = self.format.codes == Codes::Half;
         // A lone token's units are few: that many at once, and the more warps to each. Formats that take many instructions
-        // want all warps at what arrives first, 16 bits long copies.
-        let slow = self.format.scales.groups() > 2 || self.format.codes == Codes::Half;
+        // want all warps at what arrives first, 16 bits long copies; long streams want few of them at once.
+        let slow = self.format.scales.groups() > 2 || half;
+        let long = each > 64;
+        // Two blocks of long copies, each wholly on one unit, are best where there is room for them.
+        let room = |blocks| {
+            let split = WARPS.ilog2();
+            let shared = self.first_shared(place, tokens, WARPS, 1, split) + STATIC_SHARED + BLOCK_SHARED;
+            blocks * shared <= gpu.shared + BLOCK_SHARED
+        };
+        let whole_blocks = place == Place::Near && half && (long || room(2));
+        let long = long && place == Place::Near && self.format.codes.words() == 2;
         let groups = match each {
+            _ if whole_blocks => 1,
+            _ if long => 4,
             _ if place != Place::One => 8,
             0..=2 => 2,
             3..=8 if slow => 2,
             3..=8 => 8,
             _ => 4,
         };
-        let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
-        let deep = if self.format.codes == Codes::Half && place == Place::One { 3 } else { 2 };
-        let blocks_of = |warps: usize, depth: usize, blocks: usize| {
+        let of = |warps: usize, depth: usize, blocks: usize| {
             let split = (warps * blocks / groups).clamp(1, warps).ilog2();
-            let shared = self.first_shared(place, tokens, warps, depth, split);
-            let fits = shared + STATIC_SHARED <= gpu.shared
-                && blocks * (shared + STATIC_SHARED + BLOCK_SHARED) <= gpu.shared + BLOCK_SHARED;
-            fits.then_some((
-                Shape { warps, depth, split, shared, near: place != Place::Far },
-                blocks * gpu.multiprocessors,
-            ))
+            let needed = self.first_shared(place, tokens, warps, depth, split);
+            // So much that no more blocks come to a multiprocessor, but for the batched format's, which are many: where
+            // the kernel before still runs, some have room for twice as many, which then take twice as long as others.
+            let whole = gpu.shared + BLOCK_SHARED;
+            let least = if place == Place::Far { 0 } else { (whole / (blocks + 1)).saturating_sub(BLOCK_SHARED) + 128 };
+            let shared = needed.max(least);
+            let fits =
+                shared + STATIC_SHARED <= gpu.shared && blocks * (shared + STATIC_SHARED + BLOCK_SHARED) <= whole;
+            let shape = Shape { warps, depth, split, shared, near: place != Place::Far };
+            fits.then_some((shape, blocks * gpu.multiprocessors))
         };
+        let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
+        let deep = if half && place == Place::One { 3 } else { 2 };
         // Twice the warps pay where a lone token's units are long, and so few or so many that none is left over.
-        let twice = place == Place::One && chunks >= 16 && !(3..=16).contains(&each);
-        let mut tries = vec![];
-        if twice {
-            tries.push((wish, 2, 2));
-        }
-        tries.extend([(wish, deep, 1), (wish, 2, 1), (wish, 1, 1), (wish / 2, 2, 1), (wish / 2, 1, 1), (4, 1, 1)]);
-        tries.into_iter().find_map(|(warps, depth, blocks)| blocks_of(warps, depth, blocks))
+        let first_try = match place {
+            Place::One if chunks >= 16 && !(3..=16).contains(&each) => (wish, 2, 2),
+            Place::Near if whole_blocks => (wish, 1, if room(2) { 2 } else { 1 }),
+            Place::Near if long => (wish, 1, 1),
+            _ => (wish, deep, 1),
+        };
+        let rest = [(wish, deep, 1), (wish, 2, 1), (wish, 1, 1), (wish / 2, 2, 1), (wish / 2, 1, 1), (4, 1, 1)];
+        std::iter::once(first_try).chain(rest).find_map(|(warps, depth, blocks)| of(warps, depth, blocks))
     }
 
     fn second(&self, gpu: Limits, place: Place, tokens: usize) -> Option<Shape> {
         let chunks = self.topk * self.second_blocks.div_ceil(2 * second_stages(self.format));
         // Few slabs: a block to each; else two to a block, which read the tokens' rows once.
-        let groups = if self.second_slabs <= gpu.multiprocessors { 1 } else { 2 };
-        let deep = if place == Place::One && chunks * groups > 8 * WARPS { 3 } else { 2 };
+        let half = self.format.codes == Codes::Half;
+        let few = if half && place != Place::One { 2 * gpu.multiprocessors } else { gpu.multiprocessors };
+        let groups = if self.second_slabs <= few { 1 } else { 2 };
+        let long = place == Place::One && chunks * groups > 8 * WARPS;
+        let deep = if long || half && place != Place::One && groups == 1 { 3 } else { 2 };
         [(WARPS, deep), (WARPS, 2), (WARPS, 1), (WARPS / 2, 2), (WARPS / 2, 1), (4, 1)].into_iter().find_map(
             |(warps, depth)| {
                 // 128 threads add up a slab.

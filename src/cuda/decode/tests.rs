@@ -68,6 +68,21 @@ fn few_units_get_many_warps() {
 }
 
 #[test]
+fn no_multiprocessor_takes_more_blocks_than_planned() {
+    for (codes, scales) in [(Codes::Half, StageScales::None), (Codes::E2m1, StageScales::E4m3), INT4] {
+        for layer in [QWEN3, MIXTRAL, DEEPSEEK_TP8, (2880, 2880, 4)] {
+            for tokens in 1..=TOKENS {
+                let plan = Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
+                let blocks = plan.first_blocks / H200.multiprocessors;
+                // An H200's multiprocessor has 228 KiB and spends 1 KiB on every block.
+                assert!((blocks + 1) * (plan.first.shared + 1024) > 228 << 10, "{layer:?} {plan:?}");
+                assert!(blocks * (plan.first.shared + 1024) <= 228 << 10, "{layer:?} {plan:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_plan_without_room_is_none() {
     let tiny = Limits { multiprocessors: 1, shared: 4 << 10 };
     assert_eq!(Plan::new(sizes(INT4.0, INT4.1, QWEN3), tiny, 1), None);
