@@ -1,118 +1,29 @@
 // Decode: a handful of tokens, whose experts are read straight from the ids; no sorting, two launches a layer.
 //
-// Tokens are the eight columns of the tensor-core product, weight rows its sixteen rows. The first kernel gives a
-// block to each (slab of gate and up rows, chosen expert); its warps share the slab's stages among them. The second
-// gives a block to each slab of the output; its warps share all stages of all chosen experts, so that the sum over a
-// token's experts happens in registers and needs no atomics. Both add the warps' parts in one order: same bits always.
-#include "common/activation.cuh"
-#include "common/specialisation.cuh"
+// Tokens are the eight columns of the tensor-core product, weight rows its sixteen rows. The first kernel's blocks take
+// the (expert, slab of gate and up rows) units in turn; a block's warps share a unit's chunks and are ahead in the next
+// units while one of them adds up. The second gives a block to each slab of the output; its warps share all chunks of
+// all chosen experts, so that the sum over a token's experts happens in registers and needs no atomics. Both add the
+// warps' parts in one order: same bits always.
+#include "decode/jobs.cuh"
+#include "decode/parts.cuh"
+#include "decode/tokens.cuh"
 
 namespace moe {
 
-constexpr int kColumns = 8;
-
-// What a launch is for.
-enum class Mode {
-    kOne,      // a single token
-    kMany,     // tokens that may share experts
-    kBatched,  // the batched format: an expert's tokens lie together, results stay per expert
-};
-
-// T * topk at most.
-constexpr int kMaxItems = 128;
-// Places of the warps' rings; src/cuda/decode.rs has the same.
-constexpr int kFirstDepth = 2;
-constexpr int kSecondDepth = 3;
-
-struct DecodeParams {
-    Matrix first;   // gate and up: rows 0-7 of a slab are gate's, 8-15 up's; all 16 up's where not gated
-    Matrix second;  // down
-    const C::T* hidden;  // [tokens, hidden_size]
-    const int* ids;      // [tokens, topk], global, -1 for none
-    const float* weights;
-    const int* map;  // global to local expert, or null
-    C::T* middle;    // [tokens * topk, middle_stride], a stride of all rows that the first kernel makes
-    C::T* output;    // [tokens, hidden_size]
-    // Batched: hidden and output are [experts, max_tokens, hidden_size], of which counts[expert] rows are tokens;
-    // middle is [experts * max_tokens, middle_stride].
-    const int* counts;
-    int max_tokens;
-    int tokens, topk, hidden_size, middle_stride, experts;
-    int weight_on_input;
-    Activation activation;
-};
-// src/cuda/decode.rs has the same.
-static_assert(sizeof(DecodeParams) == 184, "");
-
-// The local expert of a global id, -1 if it is not here.
-__device__ __forceinline__ int local_expert(const DecodeParams& p, int id) {
-    if (id < 0 || id >= p.experts) return -1;
-    return p.map != nullptr ? p.map[id] : id;
-}
-
-// The slot in which token `token` has `id` for the (`nth` + 1)th time, or -1.
-__device__ __forceinline__ int slot_of(const int* ids, int topk, int token, int id, int nth) {
-    for (int j = 0; j < topk; j++) {
-        if (ids[token * topk + j] == id && nth-- == 0) return j;
-    }
-    return -1;
-}
-
-// How often slots before `slot` of the same token have its id.
-__device__ __forceinline__ int occurrence(const int* ids, int topk, int token, int slot) {
-    int n = 0;
-    for (int j = 0; j < slot; j++) n += ids[token * topk + j] == ids[token * topk + slot];
-    return n;
-}
-
-// Adds up what the warps hold of 16 rows x 8 columns; thread i < 16 * columns gets row i % 16 of column i / 16.
-template <bool kOne>
-__device__ __forceinline__ float reduce(float* shared, const float (&acc)[4], int warp, int warps, int lane) {
-    constexpr int kHeld = kOne ? 16 : 128;
-    const int g = lane >> 2, t = lane & 3;
-    float* mine = shared + warp * kHeld;
-    if (kOne) {
-        if (t == 0) mine[g] = acc[0], mine[g + 8] = acc[2];
-    } else {
-        mine[(2 * t) * 16 + g] = acc[0], mine[(2 * t + 1) * 16 + g] = acc[1];
-        mine[(2 * t) * 16 + g + 8] = acc[2], mine[(2 * t + 1) * 16 + g + 8] = acc[3];
-    }
-    __syncthreads();
-    float sum = 0.f;
-    if (threadIdx.x < kHeld) {
-        for (int w = 0; w < warps; w++) sum += shared[w * kHeld + threadIdx.x];
-    }
-    return sum;
-}
-
 extern __shared__ __align__(128) char shared_memory[];
 
-using FirstRing = Ring<C, Q, S, kFirstDepth>;
-using SecondRing = Ring<C, Q, S, kSecondDepth>;
-
-// Brings a single token's rows to shared memory, behind 16 bytes for the barrier.
-__device__ __forceinline__ void fetch_tokens(uint32_t at, const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-        barrier_init(at, 1);
-        barrier_init_done();
-        barrier_expect(at, bytes);
-        copy_bulk(at + 16, from, bytes, at);
-    }
-#else
-    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) {
-        const uint4 v = load_16(static_cast<const char*>(from) + i);
-        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at + 16 + i), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-    }
-#endif
-}
-
-__device__ __forceinline__ void wait_for_tokens(uint32_t at) {
-    __syncthreads();
-#if __CUDA_ARCH__ >= 900
-    barrier_wait(at, 0);
-#endif
-}
+// Chunks of 4 KiB or so in the first kernel; of half of it (but for 16 bits) for a lone token, which cannot wait as long
+// for its first one, and in the second kernel, whose rows are short. Behind a unit's first chunk come its factors and
+// biases.
+template <Mode kMode>
+constexpr int kFirstStages = (kMode == Mode::kOne && Q::kWords < 4 ? 2 : 4) / Q::kWords;
+constexpr int kSecondStages = Q::kWords == 1 ? 2 : 1;
+template <Mode kMode>
+using FirstRing = Ring<C, Q, S, kFirstStages<kMode>, 128>;
+using SecondRing = Ring<C, Q, S, kSecondStages, 0>;
+using FirstRows = Rows<C, Q, S, Q::kLift>;
+using SecondRows = Rows<C, Q, S, false>;
 
 // Tokens of a batched expert from the block's first on; as many as there are columns, or fewer, or none.
 __device__ __forceinline__ int batched_tokens(const DecodeParams& p, int expert, int first) {
@@ -122,295 +33,296 @@ __device__ __forceinline__ int batched_tokens(const DecodeParams& p, int expert,
 // Gate, up and activation, times the routing weight.
 template <Mode kMode>
 __device__ __forceinline__ void first(const DecodeParams& p) {
-    constexpr bool kOne = kMode == Mode::kOne, kBatched = kMode == Mode::kBatched;
+    constexpr bool kOne = kMode == Mode::kOne, kFar = kMode == Mode::kFar;
+    using Ring = FirstRing<kMode>;
+    __shared__ Jobs<kOne> jobs;
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    const int g = lane >> 2, slab = blockIdx.x;
-    // The column whose result this thread may write.
-    const int c = kOne ? 0 : threadIdx.x / 16, r = threadIdx.x % 16;
+    const int g = lane >> 2, t = lane & 3;
+    const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
+    Ring ring(memory + warp * Ring::bytes(p.first_depth), p.first_depth, lane);
+    const Group group(warp, p.first_split);
+    const Parts<kOne> parts{memory + warps * Ring::bytes(p.first_depth)};
+    const FirstRows rows(parts.at + Parts<kOne>::bytes(warps, p.first_split), p.first.blocks, p.hidden_size, p.tokens);
+    if constexpr (!kFar) rows.init();
+    const bool batched = kFar && p.counts != nullptr;
+    const int start = batched ? blockIdx.z * kColumns : 0;
+    // A unit is a slab of a job. The grid's groups take the units in turn.
+    const int slabs = p.first.slabs, chunks = Ring::chunks(p.first);
+    const int begin = blockIdx.x * group.count + group.number, step = gridDim.x * group.count;
+    struct Unit {
+        int job, slab;
+        __device__ __forceinline__ void settle(int slabs) {
+            while (slab >= slabs) slab -= slabs, job++;
+        }
+    };
+    const Unit begins{begin / slabs, begin % slabs};
+    __syncthreads();
     wait_for_previous_grid();
     release_next_grid();
 
-    // Which expert; which row of `hidden` is column g, and which row of `middle` column c, or -1.
-    int expert, hidden_row = 0, middle_row;
-    float weight = 1.f;
-    if constexpr (kBatched) {
-        expert = blockIdx.y;
-        const int start = blockIdx.z * kColumns, tokens = batched_tokens(p, expert, start);
+    if constexpr (!kFar) rows.fetch(p.hidden);
+    if constexpr (kOne) {
+        collect(p, 0, jobs);
+    } else if (batched) {
+        const int tokens = batched_tokens(p, blockIdx.y, start);
         if (tokens <= 0) return;
-        hidden_row = g < tokens ? expert * p.max_tokens + start + g : -1;
-        middle_row = c < tokens ? expert * p.max_tokens + start + c : -1;
+        collect_batched(blockIdx.y, tokens, jobs);
     } else {
-        const int token = kOne ? 0 : blockIdx.y / p.topk, slot = blockIdx.y - token * p.topk;
-        const int id = uniform(p.ids[blockIdx.y]);
-        expert = uniform(local_expert(p, id));
-        if (expert < 0) return;
-        if constexpr (kOne) {
-            middle_row = slot;
-        } else {
-            // Column g is token g, if it has this expert, too.
-            const int nth = occurrence(p.ids, p.topk, token, slot);
-            hidden_row = g < p.tokens && slot_of(p.ids, p.topk, g, id, nth) >= 0 ? g : -1;
-            // The block of the first token that has it does the work for all.
-            if (__ffs(__ballot_sync(~0u, hidden_row >= 0)) - 1 != 4 * token) return;
-            const int my_slot = c < p.tokens ? slot_of(p.ids, p.topk, c, id, nth) : -1;
-            middle_row = my_slot < 0 ? -1 : c * p.topk + my_slot;
-        }
+        collect(p, jobs);
     }
-
-    // The warps take the slab's chunks in turn, so that together they read one run of memory.
-    const int chunks = FirstRing::chunks(p.first), length = p.hidden_size;
-    const char* weights = slab_of(p.first, expert, slab);
-    const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
-    const uint32_t tokens_at = memory + warps * FirstRing::kBytes;
-    if (kOne) fetch_tokens(tokens_at, p.hidden, length * 2);
-    const FirstRing ring(memory, warp, lane);
-    auto fetch = [&](int place, int chunk) {
-        if (chunk < chunks) ring.fetch(place, p.first, weights, chunk, lane);
+    const int units = max(uniform(jobs.count) * slabs - begin + step - 1, 0) / step;
+    // Of the group's `n`th unit a warp takes every size-th chunk from this one on: the work of the first and the last
+    // chunk goes around.
+    auto first_chunk = [&](int n) { return (group.rank - n) & (group.size - 1); };
+    Unit next = begins;
+    int n = 0, chunk = first_chunk(0);
+    const char* weights = nullptr;
+    auto fetch_next = [&](int to) {
+        while (chunk >= chunks && n < units) n++, next.slab += step, chunk = first_chunk(n), weights = nullptr;
+        if (n < units) {
+            if (weights == nullptr) {
+                next.settle(slabs);
+                weights = slab_of(p.first, uniform(jobs.expert[next.job]), next.slab);
+            }
+            const float *factors = nullptr, *bias = nullptr;
+            if (chunk == 0) {
+                const long long at = ((long long)uniform(jobs.expert[next.job]) * slabs + next.slab) * 16;
+                factors = p.first.factors + at;
+                if (p.first.bias != nullptr) bias = p.first.bias + at;
+            }
+            ring.fetch(to, p.first, weights, chunk, factors, bias, lane);
+            chunk += group.size;
+        }
         ring.commit();
     };
-    for (int d = 0; d < kFirstDepth - 1; d++) fetch(d, warp + d * warps);
-
-    // What the last lines need, on its way early.
-    const bool live = threadIdx.x < (kOne ? 16 : 128) && middle_row >= 0;
-    const long long at = ((long long)expert * p.first.slabs + slab) * 16 + r;
-    float factor = 1.f, bias = 0.f;
-    if (live) {
-        if (!kBatched) weight = p.weights[middle_row];
-        factor = p.first.factors[at];
-        if (p.first.bias != nullptr) bias = p.first.bias[at];
-    }
-
-    float acc[4] = {0.f, 0.f, 0.f, 0.f};
-    int place = 0, free_place = kFirstDepth - 1, round = 0;
-    auto run = [&](auto row) {
-        for (int chunk = warp; chunk < chunks; chunk += warps) {
-            auto refill = [&] { fetch(free_place, chunk + (kFirstDepth - 1) * warps); };
-            ring.turn<kOne>(place, round, p.first, chunk, row, length, lane, refill, acc);
-            free_place = place;
-            if (++place == kFirstDepth) place = 0, round++;
-        }
-    };
-    if constexpr (kOne) {
-        wait_for_tokens(tokens_at);
-        run(tokens_at + 16);
-    } else {
-        run(hidden_row >= 0 ? reinterpret_cast<const char*>(p.hidden + (long long)hidden_row * length) : nullptr);
-    }
-    __syncthreads();
-
-    float sum = reduce<kOne>(reinterpret_cast<float*>(shared_memory), acc, warp, warps, lane) * factor;
-    if (p.weight_on_input) sum *= weight, weight = 1.f;
-    sum += bias;
-    // Up's eight rows go over to the lanes that hold gate's.
-    const float up = __shfl_down_sync(~0u, sum, 8);
-    C::T* middle = p.middle + (long long)middle_row * p.middle_stride;
-    if (gated(p.activation)) {
-        if (live && r < 8) middle[slab * 8 + r] = C::between(apply(p.activation, sum, up) * weight);
-    } else if (live) {
-        middle[slab * 16 + r] = C::between(apply(p.activation, 0.f, sum) * weight);
-    }
-}
-
-// The experts of a batch, each with the slot it has in every token.
-template <bool kOne>
-struct Items {
-    static constexpr int kMax = kOne ? 32 : kMaxItems;
-    int count;
-    int expert[kMax];
-    signed char slot[kMax][kOne ? 1 : kColumns];
-    float factor[kMax][16];    // of this block's rows
-};
-
-template <bool kOne>
-__device__ __forceinline__ void collect(const DecodeParams& p, int first_token, int tokens, Items<kOne>& items) {
-    if constexpr (kOne) {
-        if (threadIdx.x < 32) {
-            const int lane = threadIdx.x;
-            const int expert = lane < p.topk ? local_expert(p, p.ids[first_token * p.topk + lane]) : -1;
-            const unsigned here = __ballot_sync(~0u, expert >= 0);
-            const int at = __popc(here & ((1u << lane) - 1));
-            if (expert >= 0) items.expert[at] = expert, items.slot[at][0] = lane;
-            if (lane == 0) items.count = __popc(here);
-        }
-        __syncthreads();
-    } else {
-        __shared__ unsigned kept[kMaxItems / 32];
-        __shared__ int ids[kMaxItems];
-        const int n = tokens * p.topk, i = threadIdx.x, rounds = (n + blockDim.x - 1) / blockDim.x;
-        for (int j = i; j < n; j += blockDim.x) ids[j] = p.ids[first_token * p.topk + j];
-        __syncthreads();
-        for (int round = 0; round < rounds; round++) {
-            const int j = round * blockDim.x + i;
-            bool keep = j < n && local_expert(p, ids[j]) >= 0;
-            if (keep) {
-                const int token = j / p.topk, nth = occurrence(ids, p.topk, token, j % p.topk);
-                for (int other = 0; other < token && keep; other++) keep = slot_of(ids, p.topk, other, ids[j], nth) < 0;
+#pragma unroll 1
+    for (int d = 0; d < p.first_depth; d++) fetch_next(d);
+    if constexpr (!kFar) rows.prepare(p.first_depth);
+    Unit unit = begins;
+#pragma unroll 1
+    for (int i = 0; i < units; i++, unit.slab += step) {
+        unit.settle(slabs);
+        const bool mine = (i & (group.size - 1)) == group.rank;
+        float acc[4] = {0.f, 0.f, 0.f, 0.f};
+        float factor[2], bias[2] = {0.f, 0.f};
+        auto run = [&](auto& tokens) {
+#pragma unroll 1
+            for (int c = first_chunk(i); c < chunks; c += group.size) {
+                ring.turn<kOne>(p.first, c, tokens, lane, acc);
+                if (mine && c == 0) {
+                    const uint32_t at = ring.extra() + 4 * g;
+                    factor[0] = read_float(at), factor[1] = read_float(at + 32);
+                    if (p.first.bias != nullptr) bias[0] = read_float(at + 64), bias[1] = read_float(at + 96);
+                }
+                ring.leave(fetch_next);
             }
-            const unsigned mask = __ballot_sync(~0u, keep);
-            if (j < kMaxItems && (i & 31) == 0) kept[j / 32] = mask;
+        };
+        if constexpr (kFar) {
+            // Columns that are not there are zeros.
+            const long long row = batched ? (long long)blockIdx.y * p.max_tokens + start + g : g;
+            const C::T* from = jobs.has(unit.job, g) ? p.hidden + row * p.hidden_size : nullptr;
+            FarTokens<C, Q, S, kFirstStages<kMode>, Q::kLift> tokens{reinterpret_cast<const char*>(from), p.hidden_size};
+            run(tokens);
+        } else {
+            // Columns that are not there repeat one that is; nobody reads their results.
+            auto column = [&](int c) { return kOne ? 0 : jobs.has(unit.job, c) ? c : (int)jobs.lead[unit.job]; };
+            NearTokens<S> tokens{rows.row(column(g)), {rows.sums(column(2 * t)), rows.sums(column(2 * t + 1))}};
+            run(tokens);
         }
-        __syncthreads();
-        for (int j = i; j < n; j += blockDim.x) {
-            if (!(kept[j / 32] >> (j % 32) & 1)) continue;
-            int at = __popc(kept[j / 32] & ((1u << (j % 32)) - 1));
-            for (int w = 0; w < j / 32; w++) at += __popc(kept[w]);
-            items.expert[at] = local_expert(p, ids[j]);
-            const int nth = occurrence(ids, p.topk, j / p.topk, j % p.topk);
-            for (int c = 0; c < kColumns; c++) {
-                items.slot[at][c] = c < tokens ? slot_of(ids, p.topk, c, ids[j], nth) : -1;
+        if (p.first_split > 0) parts.add(group, i, i & (group.size - 1), lane, acc);
+        if (!mine) continue;
+
+#pragma unroll
+        for (int j = 0; j < (kOne ? 1 : 2); j++) {
+            // Rows g (of gate) and g + 8 (of up) of column 2 t + j.
+            const int c = 2 * t + j;
+            if (kOne ? t > 0 : !jobs.has(unit.job, c)) continue;
+            const int pair = kOne ? jobs.slot[unit.job][0] : c * p.topk + jobs.slot[unit.job][c];
+            const float weight = batched ? 1.f : jobs.weight[pair];
+            float a = acc[j] * factor[0], b = acc[2 + j] * factor[1];
+            if (p.weight_on_input) a *= weight, b *= weight;
+            a += bias[0], b += bias[1];
+            const float by = (p.weight_on_input ? 1.f : weight) * (Q::kLift ? 0x1p80f : 1.f);
+            const long long row = batched ? (long long)blockIdx.y * p.max_tokens + start + c : pair;
+            C::T* middle = p.middle + row * p.middle_stride + g;
+            if (gated(p.activation)) {
+                middle[unit.slab * 8] = C::between(apply(p.activation, a, b) * by);
+            } else {
+                middle[unit.slab * 16] = C::between(apply(p.activation, 0.f, a) * by);
+                middle[unit.slab * 16 + 8] = C::between(apply(p.activation, 0.f, b) * by);
             }
         }
-        if (i == 0) {
-            items.count = 0;
-            for (int w = 0; w < (n + 31) / 32; w++) items.count += __popc(kept[w]);
-        }
-        __syncthreads();
     }
 }
 
 // Down, summed over a token's experts.
 template <Mode kMode>
 __device__ __forceinline__ void second(const DecodeParams& p) {
-    constexpr bool kOne = kMode == Mode::kOne, kBatched = kMode == Mode::kBatched;
-    __shared__ Items<kOne || kBatched> items;
+    constexpr bool kOne = kMode == Mode::kOne, kFar = kMode == Mode::kFar;
+    __shared__ Jobs<kOne> jobs;
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    const int g = lane >> 2, slab = blockIdx.x;
-    const int start = blockIdx.z * kColumns, tokens = kOne ? 1 : kBatched ? batched_tokens(p, blockIdx.y, start) : p.tokens;
-    if (kBatched && tokens <= 0) {
+    const int g = lane >> 2, t = lane & 3;
+    const bool batched = kFar && p.counts != nullptr;
+    const int start = batched ? blockIdx.z * kColumns : 0;
+    const int tokens = kOne ? 1 : batched ? batched_tokens(p, blockIdx.y, start) : p.tokens;
+    if (batched && tokens <= 0) {
         // Not without the grid ahead: whoever waits for this one counts on that.
         wait_for_previous_grid();
         return;
     }
     // Of the output's rows.
-    const int first_token = kOne ? blockIdx.y : kBatched ? blockIdx.y * p.max_tokens + start : 0;
+    const long long first_token = kOne ? blockIdx.y : batched ? (long long)blockIdx.y * p.max_tokens + start : 0;
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
-    const uint32_t tokens_at = memory + warps * SecondRing::kBytes;
-    const SecondRing ring(memory, warp, lane);
+    const int ring_bytes = SecondRing::bytes(p.second_depth);
+    SecondRing ring(memory + warp * ring_bytes, p.second_depth, lane);
+    const Group group(warp, p.second_split);
+    const int slots = batched ? 1 : p.topk, length = p.middle_stride;
+    // The factors of every job, of the group's rows; then the tokens' rows.
+    const uint32_t factors = memory + warps * ring_bytes + group.number * tokens * slots * 64;
+    const SecondRows rows(memory + warps * ring_bytes + group.count * tokens * slots * 64, p.second.blocks, length,
+                          tokens * slots);
+    const auto walk = rows.walk();
     // The ids were complete before the grid ahead of this one began, so that weights can be on their way already.
-    if constexpr (kBatched) {
-        if (threadIdx.x == 0) items.count = 1, items.expert[0] = blockIdx.y;
-        __syncthreads();
+    if constexpr (kOne) {
+        collect(p, blockIdx.y, jobs);
+    } else if (batched) {
+        collect_batched(blockIdx.y, tokens, jobs);
     } else {
-        collect<kOne>(p, first_token, tokens, items);
+        collect(p, jobs);
     }
 
-    // The warps take the chunks of all items in turn.
-    const int chunks = SecondRing::chunks(p.second), length = p.middle_stride, count = uniform(items.count);
+    // A group has a slab; its warps take the chunks of all jobs in turn.
+    const int slab = blockIdx.x * group.count + group.number, chunks = SecondRing::chunks(p.second);
+    const int count = slab < p.second.slabs ? uniform(jobs.count) : 0;
     struct Place {
-        int item, chunk;
+        int job, chunk;
+        __device__ __forceinline__ void settle(int chunks) {
+            while (chunk >= chunks) chunk -= chunks, job++;
+        }
     };
-    auto settle = [&](Place& at) {
-        while (at.chunk >= chunks) at.chunk -= chunks, at.item++;
-    };
-    Place next{0, warp};
-    settle(next);
-    auto fetch_next = [&](int place) {
-        if (next.item < count) {
-            const char* weights = slab_of(p.second, uniform(items.expert[next.item]), slab);
-            ring.fetch(place, p.second, weights, next.chunk, lane);
-            next.chunk += warps;
-            settle(next);
+    Place next{0, group.rank};
+    next.settle(chunks);
+    Place at = next;
+    auto fetch_next = [&](int to) {
+        if (next.job < count) {
+            const char* weights = slab_of(p.second, uniform(jobs.expert[next.job]), slab);
+            ring.fetch(to, p.second, weights, next.chunk, nullptr, nullptr, lane);
+            next.chunk += group.size;
+            next.settle(chunks);
         }
         ring.commit();
     };
-    Place at = next;
-    for (int d = 0; d < kSecondDepth - 1; d++) fetch_next(d);
-    for (int i = threadIdx.x; i < count * 16; i += blockDim.x) {
-        items.factor[i / 16][i % 16] = p.second.factors[((long long)items.expert[i / 16] * p.second.slabs + slab) * 16 + i % 16];
+#pragma unroll 1
+    for (int d = 0; d < p.second_depth; d++) fetch_next(d);
+    const int thread = group.rank * 32 + lane;  // of the group's
+#pragma unroll 1
+    for (int i = thread; i < count * 16; i += 32 * group.size) {
+        const float* from = p.second.factors + ((long long)jobs.expert[i / 16] * p.second.slabs + slab) * 16 + i % 16;
+        store_4(factors + 4 * i, __float_as_uint(*from));
     }
+    // The result that this thread may write, and its bias.
+    const int c = thread / 16, r = slab * 16 + thread % 16;
+    const bool writes = thread < 16 * kColumns && c < tokens && r < p.hidden_size;
+    float bias = 0.f;
+    if (writes && p.second.bias != nullptr) {
+        if (batched) {
+            bias = p.second.bias[(long long)blockIdx.y * p.second.slabs * 16 + r];
+        } else {
+#pragma unroll 4
+            for (int j = 0; j < p.topk; j++) {
+                const long long pair = (first_token + c) * p.topk + j;
+                const int expert = local_expert(p, p.ids[pair]);
+                if (expert < 0) continue;
+                const float weight = p.weight_on_input ? 1.f : p.weights[pair];
+                bias = fmaf(weight, p.second.bias[(long long)expert * p.second.slabs * 16 + r], bias);
+            }
+        }
+    }
+    // The factors, too.
     __syncthreads();
     wait_for_previous_grid();
     release_next_grid();
 
-    float out[4] = {0.f, 0.f, 0.f, 0.f}, acc[4] = {0.f, 0.f, 0.f, 0.f};
-    int place = 0, free_place = kSecondDepth - 1, round = 0;
-    const C::T* tokens_from = p.middle + (long long)first_token * (kBatched ? 1 : p.topk) * length;
-    if constexpr (kOne) {
-        fetch_tokens(tokens_at, tokens_from, p.topk * length * 2);
-        wait_for_tokens(tokens_at);
+    const C::T* middle = p.middle + first_token * slots * length;
+    if constexpr (!kFar) {
+        rows.template load<kOne ? 2 : 4>(middle, walk);
+        __syncthreads();
     }
-    while (at.item < count) {
-        // The row of the lane's token, from the block's first on.
-        int row = g < tokens ? g : -1;
-        if (!kBatched) {
-            const int slot = items.slot[at.item][kOne ? 0 : g];
-            row = kOne ? slot : slot < 0 ? -1 : g * p.topk + slot;
-        }
-        const float factor[2] = {items.factor[at.item][g], items.factor[at.item][g + 8]};
-        auto run = [&](auto row) {
-            for (; at.chunk < chunks; at.chunk += warps) {
-                auto refill = [&] { fetch_next(free_place); };
-                ring.turn<kOne>(place, round, p.second, at.chunk, row, length, lane, refill, acc);
-                free_place = place;
-                if (++place == kSecondDepth) place = 0, round++;
+
+    float out[4] = {0.f, 0.f, 0.f, 0.f}, acc[4] = {0.f, 0.f, 0.f, 0.f};
+    while (at.job < count) {
+        const int job = at.job;
+        auto run = [&](auto& tokens) {
+#pragma unroll 1
+            for (; at.chunk < chunks; at.chunk += group.size) {
+                ring.turn<kOne>(p.second, at.chunk, tokens, lane, acc);
+                ring.leave(fetch_next);
             }
         };
-        if constexpr (kOne) {
-            run(tokens_at + 16 + row * length * 2);
+        auto row = [&](int c) { return kOne ? (int)jobs.slot[job][0] : c * slots + jobs.slot[job][c]; };
+        if constexpr (kFar) {
+            const C::T* from = jobs.has(job, g) ? middle + (long long)row(g) * length : nullptr;
+            FarTokens<C, Q, S, kSecondStages, false> tokens{reinterpret_cast<const char*>(from), length};
+            run(tokens);
         } else {
-            run(row >= 0 ? reinterpret_cast<const char*>(tokens_from + (long long)row * length) : nullptr);
+            auto column = [&](int c) { return kOne || jobs.has(job, c) ? row(c) : row(jobs.lead[job]); };
+            NearTokens<S> tokens{rows.row(column(g)), {rows.sums(column(2 * t)), rows.sums(column(2 * t + 1))}};
+            run(tokens);
         }
-        settle(at);
-        out[0] = fmaf(acc[0], factor[0], out[0]), out[1] = fmaf(acc[1], factor[0], out[1]);
-        out[2] = fmaf(acc[2], factor[1], out[2]), out[3] = fmaf(acc[3], factor[1], out[3]);
+        at.settle(chunks);
+        const float factor[2] = {read_float(factors + 4 * (job * 16 + g)), read_float(factors + 4 * (job * 16 + g + 8))};
+        if (kOne || jobs.has(job, 2 * t)) out[0] = fmaf(acc[0], factor[0], out[0]), out[2] = fmaf(acc[2], factor[1], out[2]);
+        if (!kOne && jobs.has(job, 2 * t + 1)) {
+            out[1] = fmaf(acc[1], factor[0], out[1]), out[3] = fmaf(acc[3], factor[1], out[3]);
+        }
         acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
     }
-    __syncthreads();
 
-    float sum = reduce<kOne>(reinterpret_cast<float*>(shared_memory), out, warp, warps, lane);
-    const int c = threadIdx.x / 16, r = slab * 16 + threadIdx.x % 16;
-    if (threadIdx.x < 128 && c < tokens && r < p.hidden_size) {
-        if (kBatched) {
-            if (p.second.bias != nullptr) sum += p.second.bias[(long long)blockIdx.y * p.second.slabs * 16 + r];
-        } else if (p.second.bias != nullptr) {
-            for (int j = 0; j < p.topk; j++) {
-                const int slot = (first_token + c) * p.topk + j, expert = local_expert(p, p.ids[slot]);
-                if (expert < 0) continue;
-                const float weight = p.weight_on_input ? 1.f : p.weights[slot];
-                sum = fmaf(weight, p.second.bias[(long long)expert * p.second.slabs * 16 + r], sum);
-            }
-        }
-        p.output[(long long)(first_token + c) * p.hidden_size + r] = C::from_float(sum);
+    // The rings serve to add up, too.
+    __syncwarp();
+    write_columns<kOne>(ring.base, lane, out);
+    group.barrier();
+    if (writes) {
+        float sum = bias;
+        const uint32_t from = memory + group.number * group.size * ring_bytes + 4 * (c * kColumnStride + thread % 16);
+#pragma unroll 4
+        for (int w = 0; w < group.size; w++) sum += read_float(from + w * ring_bytes);
+        p.output[(first_token + c) * p.hidden_size + r] = C::from_float(sum);
     }
 }
 
 }  // namespace moe
 
-// Shared memory of all: the warps' rings (common/stream.cuh), which then serve to add up.
-
-// Blocks per multiprocessor that the registers must allow: as many as they do without spills.
+// Blocks per multiprocessor that the registers must allow: two where they do without spills, so that the second kernel's
+// blocks can wait beside the first's.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr bool kFourBits = false;
+constexpr bool kManyScales = moe::S::kGroups > 2 && moe::S::kRegisters == moe::S::kGroups;
+constexpr int kBlocks = moe::S::kZero || kManyScales || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1) ? 1 : 2;
 #else
-constexpr bool kFourBits = moe::Q::kWords == 1;
+constexpr int kBlocks = 1;
 #endif
-constexpr bool kManyRegisters = moe::S::kZero || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1) || kFourBits;
-constexpr int kBlocksOne = kManyRegisters ? 2 : 4, kBlocksMany = kManyRegisters ? 2 : 3;
 
-// grid (first.slabs, topk)
-extern "C" __global__ void __launch_bounds__(256, kBlocksOne) moe_decode_first_one(const __grid_constant__ moe::DecodeParams p) {
+// grid (any number, 1, 1): the blocks share the units
+extern "C" __global__ void __launch_bounds__(512, kBlocks) moe_decode_first_one(const __grid_constant__ moe::DecodeParams p) {
     moe::first<moe::Mode::kOne>(p);
 }
-// grid (first.slabs, tokens * topk)
-extern "C" __global__ void __launch_bounds__(256, kBlocksMany) moe_decode_first_many(const __grid_constant__ moe::DecodeParams p) {
-    moe::first<moe::Mode::kMany>(p);
+extern "C" __global__ void __launch_bounds__(512, kBlocks) moe_decode_first_near(const __grid_constant__ moe::DecodeParams p) {
+    moe::first<moe::Mode::kNear>(p);
 }
-// grid (first.slabs, local experts, max_tokens / 8 rounded up)
-extern "C" __global__ void __launch_bounds__(256, kBlocksMany)
-    moe_decode_first_batched(const __grid_constant__ moe::DecodeParams p) {
-    moe::first<moe::Mode::kBatched>(p);
+// batched: grid (any number, local experts, max_tokens / 8 rounded up)
+extern "C" __global__ void __launch_bounds__(256, 1) moe_decode_first_far(const __grid_constant__ moe::DecodeParams p) {
+    moe::first<moe::Mode::kFar>(p);
 }
-// grid (second.slabs, tokens): a block has one token, whose bits then do not depend on the others
-extern "C" __global__ void __launch_bounds__(512, 1) moe_decode_second_one(const __grid_constant__ moe::DecodeParams p) {
+// grid (second.slabs shared by blocks, tokens): a block has one token, whose bits then do not depend on the others
+extern "C" __global__ void __launch_bounds__(512, kBlocks) moe_decode_second_one(const __grid_constant__ moe::DecodeParams p) {
     moe::second<moe::Mode::kOne>(p);
 }
-// grid (second.slabs)
-extern "C" __global__ void __launch_bounds__(512, 1)
-    moe_decode_second_many(const __grid_constant__ moe::DecodeParams p) {
-    moe::second<moe::Mode::kMany>(p);
+// grid (second.slabs shared by blocks)
+extern "C" __global__ void __launch_bounds__(512, kBlocks)
+    moe_decode_second_near(const __grid_constant__ moe::DecodeParams p) {
+    moe::second<moe::Mode::kNear>(p);
 }
-// grid (second.slabs, local experts, max_tokens / 8 rounded up)
-extern "C" __global__ void __launch_bounds__(512, 1)
-    moe_decode_second_batched(const __grid_constant__ moe::DecodeParams p) {
-    moe::second<moe::Mode::kBatched>(p);
+// batched: grid (second.slabs shared by blocks, local experts, max_tokens / 8 rounded up)
+extern "C" __global__ void __launch_bounds__(512, 1) moe_decode_second_far(const __grid_constant__ moe::DecodeParams p) {
+    moe::second<moe::Mode::kFar>(p);
 }

@@ -140,7 +140,7 @@ struct Gemm {
         const uint32_t tokens = place(to), codes = tokens + S::kTokenBytes + 2 * warp * stage_bytes;
         const int offset = stage * stage_bytes, bytes = min(stage_bytes, p.weights.slab_bytes - offset);
         const char* from = p.x + stage * p.plane + (long long)task.start * kRowBytes;
-#if __CUDA_ARCH__ >= 900
+#if MOE_BULK
         if (lane == 0) {
             const int more = warp == 0 ? task.count * kRowBytes : 0;
             barrier_expect(full(to), 2 * bytes + more);
@@ -324,12 +324,12 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     if (threadIdx.x == 0) {
         // Full: each warp's announcement, or every thread's copies. Free: every warp.
-        constexpr int kArrivals = __CUDA_ARCH__ >= 900 ? S::kWarps : S::kThreads;
+        constexpr int kArrivals = MOE_BULK ? S::kWarps : S::kThreads;
         for (int i = 0; i < p.depth; i++) {
             barrier_init(memory + 8 * i, kArrivals);
             barrier_init(memory + kFreeAt + 8 * i, S::kWarps);
         }
-#if __CUDA_ARCH__ >= 900
+#if MOE_BULK
         barrier_init_done();
 #endif
     }

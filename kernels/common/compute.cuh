@@ -39,6 +39,9 @@ struct Bf16 {
 #endif
         return r;
     }
+    static __device__ __forceinline__ float sum_of(uint32_t pair) {
+        return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
+    }
     static __device__ __forceinline__ T from_float(float x) { return __float2bfloat16_rn(x); }
     // The same for what is not a result yet.
     static __device__ __forceinline__ T between(float x) { return from_float(x); }
@@ -66,6 +69,10 @@ struct F16 {
         uint32_t r;
         asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
         return r;
+    }
+    static __device__ __forceinline__ float sum_of(uint32_t pair) {
+        const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+        return f.x + f.y;
     }
     static __device__ __forceinline__ T from_float(float x) { return __float2half_rn(x); }
     // For what is not a result yet: beyond the range of f16 its largest value, not infinity.

@@ -2,6 +2,13 @@
 #pragma once
 #include <cstdint>
 
+// Copies by the engine; MOE_NO_BULK takes the older architectures' way, to try it on a newer GPU.
+#if __CUDA_ARCH__ >= 900 && !defined(MOE_NO_BULK)
+#define MOE_BULK 1
+#else
+#define MOE_BULK 0
+#endif
+
 namespace moe {
 
 // What is the same in all lanes, said so that the compiler knows.
@@ -26,11 +33,6 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The same of the first `bytes` (0 or 16); the rest becomes zeros.
-__device__ __forceinline__ void copy_16_or_zeros(uint32_t to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
 // One arrival at `barrier` when this thread's copies so far are there; the barrier's count includes it.
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -43,6 +45,18 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same, known at run time; at most 5 are told apart.
+__device__ __forceinline__ void wait_for_copies(int pending) {
+    switch (pending) {
+        case 0: wait_for_copies<0>(); break;
+        case 1: wait_for_copies<1>(); break;
+        case 2: wait_for_copies<2>(); break;
+        case 3: wait_for_copies<3>(); break;
+        case 4: wait_for_copies<4>(); break;
+        default: wait_for_copies<5>();
+    }
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -86,6 +100,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 #endif
 }
 
+// A barrier of some of the block's warps, all of which must know its number (not 0) and how many threads they are.
+__device__ __forceinline__ void group_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Reads through L2: what an earlier grid wrote is seen even if this grid began before that one ended.
 __device__ __forceinline__ uint4 load_16(const void* p) {
     uint4 v;
@@ -96,6 +115,16 @@ __device__ __forceinline__ uint2 load_8(const void* p) {
     uint2 v;
     asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
+}
+
+__device__ __forceinline__ void store_16(uint32_t at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_8(uint32_t at, uint2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store_4(uint32_t at, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }
 
 template <class T>
@@ -114,5 +143,7 @@ __device__ __forceinline__ T read_shared(uint32_t at) {
     }
     return v;
 }
+
+__device__ __forceinline__ float read_float(uint32_t at) { return __uint_as_float(read_shared<uint32_t>(at)); }
 
 }  // namespace moe

@@ -24,64 +24,107 @@ struct Operand {
     uint32_t x[8];
 };
 
-// A row in global memory may be missing, one in shared memory (an address) is there.
-__device__ __forceinline__ bool exists(const char* row) { return row != nullptr; }
-__device__ __forceinline__ bool exists(uint32_t) { return true; }
-__device__ __forceinline__ uint4 read_16(const char* at) { return load_16(at); }
-__device__ __forceinline__ uint4 read_16(uint32_t at) { return read_shared<uint4>(at); }
-__device__ __forceinline__ uint2 read_8(const char* at) { return load_8(at); }
-__device__ __forceinline__ uint2 read_8(uint32_t at) { return read_shared<uint2>(at); }
+// Whether products need the sums of the tokens' scale groups: codes have an offset or zero points.
+template <class Q, class S>
+constexpr bool kNeedsSums = S::kZero || Q::kOffset != 0.f;
 
-// From a token's row at the block's first column; a missing one is zeros. `left` columns exist (all, if kWhole), the
-// others are zeros.
-template <class S, bool kWhole, class Row>
-__device__ __forceinline__ Operand operand_of(Row row, int left, int t) {
-    Operand o;
-    if constexpr (S::kGroups == 8) {
+// 2^80, twice, as bf16: see kLift.
+constexpr uint32_t kLiftPair = 0x67806780u;
+
+// Columns far away, in global memory: every chunk's part is loaded before the wait for the chunk's weights.
+template <class C, class Q, class S, int kStages, bool kLift>
+struct FarTokens {
+    static constexpr bool kPrepared = false;
+    const char* row;  // the lane's column; null for zeros
+    int length;       // elements that exist
+    Operand o[kStages][2];
+
+    __device__ __forceinline__ void load(int chunk, int t) {
 #pragma unroll
-        for (int s = 0; s < 4; s++) {
-            uint2 v = make_uint2(0, 0);
-            if (exists(row) && (kWhole || 16 * s + 4 * t < left)) v = read_8(row + 32 * s + 8 * t);
-            o.x[2 * s] = v.x, o.x[2 * s + 1] = v.y;
-        }
-    } else {
+        for (int f = 0; f < kStages; f++) {
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (exists(row) && (kWhole || 32 * j + 8 * t < left)) v = read_16(row + 64 * j + 16 * t);
-            o.x[4 * j] = v.x, o.x[4 * j + 1] = v.y, o.x[4 * j + 2] = v.z, o.x[4 * j + 3] = v.w;
+            for (int b = 0; b < 2; b++) {
+                const int first = ((chunk * kStages + f) * 2 + b) * kBlock, left = row != nullptr ? length - first : 0;
+                const char* from = row + 2 * first;
+                uint32_t(&x)[8] = o[f][b].x;
+                if constexpr (S::kGroups == 8) {
+#pragma unroll
+                    for (int s = 0; s < 4; s++) {
+                        uint2 v = make_uint2(0, 0);
+                        if (16 * s + 4 * t < left) v = load_8(from + 32 * s + 8 * t);
+                        x[2 * s] = v.x, x[2 * s + 1] = v.y;
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        uint4 v = make_uint4(0, 0, 0, 0);
+                        if (32 * j + 8 * t < left) v = load_16(from + 64 * j + 16 * t);
+                        x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
+                    }
+                }
+            }
         }
     }
-    return o;
-}
-
-// Both blocks of a stage; `row` is at its first column.
-template <class S, class Row>
-__device__ __forceinline__ void load_stage(Operand (&o)[2], Row row, int left, int t) {
-    if (left >= kStage) {
-        o[0] = operand_of<S, true>(row, 0, t);
-        o[1] = operand_of<S, true>(row == Row{} ? row : row + 2 * kBlock, 0, t);
-    } else {
-        o[0] = operand_of<S, false>(row, left, t);
-        o[1] = operand_of<S, false>(row == Row{} ? row : row + 2 * kBlock, left - kBlock, t);
+    __device__ __forceinline__ Operand operand(int, int f, int b, int) const {
+        Operand x = o[f][b];
+        if constexpr (kLift) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) x.x[i] = C::mul(x.x[i], kLiftPair);
+        }
+        return x;
     }
-}
+    __device__ __forceinline__ float sum(int, int) const { return 0.f; }
+};
 
-// A warp's ring of kDepth places.
-template <class C, class Q, class S, int kDepth>
+// Columns in shared memory, prepared (decode/tokens.cuh): whole blocks, lifted, with the sums of their scale groups.
+template <class S>
+struct NearTokens {
+    static constexpr bool kPrepared = true;
+    uint32_t row;      // the lane's column
+    uint32_t sums[2];  // of the columns whose results the lane holds
+
+    __device__ __forceinline__ void load(int, int) {}
+    __device__ __forceinline__ Operand operand(int stage, int, int b, int t) const {
+        const uint32_t at = row + stage * (2 * kStage) + b * (2 * kBlock);
+        Operand o;
+        if constexpr (S::kGroups == 8) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                const uint2 v = read_shared<uint2>(at + 32 * s + 8 * t);
+                o.x[2 * s] = v.x, o.x[2 * s + 1] = v.y;
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const uint4 v = read_shared<uint4>(at + 64 * j + 16 * t);
+                o.x[4 * j] = v.x, o.x[4 * j + 1] = v.y, o.x[4 * j + 2] = v.z, o.x[4 * j + 3] = v.w;
+            }
+        }
+        return o;
+    }
+    // Of a scale group, counted from the row's first.
+    __device__ __forceinline__ float sum(int column, int group) const {
+        return read_float(sums[column] + 4 * group);
+    }
+};
+
+// A warp's ring, whose places hold chunks of kStages stages. Behind a chunk's weights there is room for kExtra bytes.
+template <class C, class Q, class S, int kStages, int kExtra>
 struct Ring {
     using Bytes = StageBytes<Q, S>;
-    // Stages of a chunk, and its bytes.
-    static constexpr int kStages = Q::kWords == 1 ? 2 : 1, kPlace = kStages * Bytes::kAll;
-    // What a warp needs of shared memory.
-    static constexpr int kBytes = kDepth * (kPlace + 16);
+    static constexpr int kChunk = kStages * Bytes::kAll, kPlace = kChunk + kExtra;
     uint32_t base, barriers;
+    int depth;
+    // The place of the next chunk to multiply, and whether it came round an odd number of times.
+    int place = 0, phase = 0;
 
-    __device__ __forceinline__ Ring(uint32_t memory, int warp, int lane) {
-        base = memory + warp * kBytes;
-        barriers = base + kDepth * kPlace;
-#if __CUDA_ARCH__ >= 900
-        if (lane < kDepth) {
+    // What a warp needs of shared memory.
+    static __device__ __forceinline__ int bytes(int depth) { return depth * (kPlace + 16); }
+
+    __device__ __forceinline__ Ring(uint32_t memory, int depth, int lane) : base(memory), depth(depth) {
+        barriers = base + depth * kPlace;
+#if MOE_BULK
+        if (lane < depth) {
             barrier_init(barriers + 8 * lane, 1);
             barrier_init_done();
         }
@@ -91,45 +134,69 @@ struct Ring {
 
     static __device__ __forceinline__ int chunks(const Matrix& m) { return (m.blocks + 2 * kStages - 1) / (2 * kStages); }
 
-    // A chunk of weights, on its way to a place that all lanes have left.
-    __device__ __forceinline__ void fetch(int place, const Matrix& m, const char* slab, int chunk, int lane) const {
-        const uint32_t at = base + place * kPlace;
-        const char* from = slab + chunk * kPlace;
-        const int bytes = min(kPlace, m.slab_bytes - chunk * kPlace);
-#if __CUDA_ARCH__ >= 900
+    // Sends for a chunk of a slab, to a place that all lanes have left; for its rows' factors, too, if given.
+    __device__ __forceinline__ void fetch(int to, const Matrix& m, const char* slab, int chunk, const float* factors,
+                                          const float* bias, int lane) const {
+        const uint32_t at = base + to * kPlace;
+        const char* from = slab + chunk * kChunk;
+        const int bytes = min(kChunk, m.slab_bytes - chunk * kChunk);
+#if MOE_BULK
         if (lane == 0) {
-            const uint32_t barrier = barriers + 8 * place;
-            barrier_expect(barrier, bytes);
+            const uint32_t barrier = barriers + 8 * to;
+            if (kExtra == 0 || factors == nullptr) {
+                barrier_expect(barrier, bytes);
+            } else {
+                barrier_expect(barrier, bytes + (bias != nullptr ? 128 : 64));
+            }
             copy_bulk(at, from, bytes, barrier);
+            if (kExtra > 0 && factors != nullptr) {
+                copy_bulk(at + kChunk, factors, 64, barrier);
+                if (bias != nullptr) copy_bulk(at + kChunk + 64, bias, 64, barrier);
+            }
         }
 #else
         for (int i = lane * 16; i < bytes; i += 512) copy_16(at + i, from + i);
+        if (kExtra > 0 && factors != nullptr && lane < 4) {
+            copy_16(at + kChunk + 16 * lane, factors + 4 * lane);
+            if (bias != nullptr) copy_16(at + kChunk + 64 + 16 * lane, bias + 4 * lane);
+        }
 #endif
     }
 
     // Ends the fetch of one chunk, or of none.
     __device__ __forceinline__ void commit() const {
-#if __CUDA_ARCH__ < 900
+#if !MOE_BULK
         commit_copies();
 #endif
     }
 
-    // Waits for the chunk in `place`, which is the ring's `round`th in it; kDepth - 1 were committed, this one first.
-    __device__ __forceinline__ void wait(int place, int round) const {
-#if __CUDA_ARCH__ >= 900
-        barrier_wait(barriers + 8 * place, round & 1);
+    // Waits for the next chunk; `depth` were committed, this one first.
+    __device__ __forceinline__ void wait() const {
+#if MOE_BULK
+        barrier_wait(barriers + 8 * place, phase);
 #else
-        wait_for_copies<kDepth - 2>();
+        wait_for_copies(depth - 1);
 #endif
         __syncwarp();
     }
 
-    // acc += 16 rows times the tokens' columns, for the stage at `at`. kBlocks is 2, or 1 for the end of a slab. kOne:
-    // a single token, which all columns hold.
-    template <bool kOne, int kBlocks>
-    static __device__ __forceinline__ void multiply(uint32_t at, const Matrix& m, Operand (&o)[2], int lane,
-                                                    float (&acc)[4]) {
-        constexpr bool kSums = S::kZero || Q::kOffset != 0.f;
+    // What came behind the chunk.
+    __device__ __forceinline__ uint32_t extra() const { return base + place * kPlace + kChunk; }
+
+    // All lanes are done with the chunk: `refill` may send for another to its place.
+    template <class F>
+    __device__ __forceinline__ void leave(F refill) {
+        __syncwarp();
+        refill(place);
+        if (++place == depth) place = 0, phase ^= 1;
+    }
+
+    // acc += 16 rows times the tokens' columns, for the slab's `stage`th stage, the chunk's `f`th, at `at`. kBlocks is
+    // 2, or 1 for the end of a slab. kOne: a single token, which all columns hold.
+    template <bool kOne, int kBlocks, class X>
+    static __device__ __forceinline__ void multiply(uint32_t at, const Matrix& m, const X& tokens, int stage, int f,
+                                                    int lane, float (&acc)[4]) {
+        constexpr bool kSums = kNeedsSums<Q, S>;
         // Steps per scale group; products of a group are summed apart and then scaled.
         constexpr int kGroupSteps = S::kGroups == 0 ? 8 : 8 / S::kGroups;
         const uint32_t codes = at + lane * 16;
@@ -140,6 +207,10 @@ struct Ring {
             float scale[2], zero[2] = {8.f, 8.f};
             S::get(scales, i, m.scale_bf16, scale, zero);
             if constexpr (kSums) {
+                if constexpr (X::kPrepared) {
+                    sums[0] = sums[2] = tokens.sum(0, stage * S::kGroups + i);
+                    if constexpr (!kOne) sums[1] = sums[3] = tokens.sum(1, stage * S::kGroups + i);
+                }
                 const float off[2] = {-(zero[0] + Q::kOffset), -(zero[1] + Q::kOffset)};
                 part[0] = fmaf(off[0], sums[0], part[0]), part[1] = fmaf(off[0], sums[1], part[1]);
                 part[2] = fmaf(off[1], sums[2], part[2]), part[3] = fmaf(off[1], sums[3], part[3]);
@@ -149,22 +220,27 @@ struct Ring {
             if constexpr (!kOne) acc[1] = fmaf(part[1], scale[0], acc[1]), acc[3] = fmaf(part[3], scale[1], acc[3]);
             part[0] = part[1] = part[2] = part[3] = 0.f;
         };
+        // Everything of the stage first, where registers allow it.
+        constexpr int kHeld = Q::kWords > 2 || S::kGroups > 4 ? 1 : kBlocks;
+        uint4 w[kHeld][Q::kWords];
+        Operand o[kHeld];
+        auto read = [&](int b) {
+#pragma unroll
+            for (int i = 0; i < Q::kWords; i++) w[b % kHeld][i] = read_shared<uint4>(codes + b * Bytes::kCodes + i * 512);
+            o[b % kHeld] = tokens.operand(stage, f, b, lane & 3);
+        };
+#pragma unroll
+        for (int b = 0; b < kHeld; b++) read(b);
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
-            uint4 w[Q::kWords];
-#pragma unroll
-            for (int i = 0; i < Q::kWords; i++) w[i] = read_shared<uint4>(codes + b * Bytes::kCodes + i * 512);
-            uint32_t(&x)[8] = o[b].x;
-            if constexpr (Q::kLift) {
-#pragma unroll
-                for (int i = 0; i < 8; i++) x[i] = C::mul(x[i], 0x67806780u);
-            }
+            if (b >= kHeld) read(b);
+            const uint32_t(&x)[8] = o[b % kHeld].x;
 #pragma unroll
             for (int s = 0; s < 4; s++) {
                 uint32_t a[4];
-                Q::step(w, s, a);
+                Q::step(w[b % kHeld], s, a);
                 C::mma(S::kGroups == 0 ? acc : part, a, x[2 * s], x[2 * s + 1]);
-                if constexpr (kSums) {
+                if constexpr (kSums && !X::kPrepared) {
                     const uint32_t ones[4] = {C::kOnes, C::kOnes, C::kOnes, C::kOnes};
                     C::mma(sums, ones, x[2 * s], x[2 * s + 1]);
                 }
@@ -176,37 +252,22 @@ struct Ring {
         if constexpr (S::kGroups == 1) scale_group(0);
     }
 
-    // One chunk: loads the tokens' part, waits for the weights, lets `refill` send for another chunk, multiplies.
-    // `row` is the lane's token from its first column on (a pointer, null for none, or an address in shared memory);
-    // `length` elements of it exist.
-    template <bool kOne, class Row, class F>
-    __device__ __forceinline__ void turn(int place, int round, const Matrix& m, int chunk, Row row, int length, int lane,
-                                         F refill, float (&acc)[4]) const {
-        const int t = lane & 3;
+    // One chunk: waits for it and multiplies. The place is to be left then.
+    template <bool kOne, class X>
+    __device__ __forceinline__ void turn(const Matrix& m, int chunk, X& tokens, int lane, float (&acc)[4]) const {
+        tokens.load(chunk, lane & 3);
+        wait();
         const uint32_t at = base + place * kPlace;
-        Operand o[kStages][2];
-        // Shared memory is near: no need to load ahead of the wait.
-        if constexpr (!kOne) load(o, row, chunk, length, t);
-        wait(place, round);
-        refill();
-        if constexpr (kOne) load(o, row, chunk, length, t);
-#pragma unroll
+        // Prepared tokens want no registers of their own, so that the code can be short: what a kernel runs for the first
+        // time comes slowly.
+#pragma unroll(X::kPrepared ? 1 : kStages)
         for (int f = 0; f < kStages; f++) {
             const int stage = chunk * kStages + f, blocks = m.blocks - 2 * stage;
             if (blocks >= 2) {
-                multiply<kOne, 2>(at + f * Bytes::kAll, m, o[f], lane, acc);
+                multiply<kOne, 2>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);
             } else if (blocks == 1) {
-                multiply<kOne, 1>(at + f * Bytes::kAll, m, o[f], lane, acc);
+                multiply<kOne, 1>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);
             }
-        }
-    }
-
-    template <class Row>
-    static __device__ __forceinline__ void load(Operand (&o)[kStages][2], Row row, int chunk, int length, int t) {
-#pragma unroll
-        for (int f = 0; f < kStages; f++) {
-            const int stage = chunk * kStages + f;
-            load_stage<S>(o[f], row == Row{} ? row : row + stage * (2 * kStage), length - stage * kStage, t);
         }
     }
 

@@ -1,27 +1,26 @@
 //! `cuda_decode`: two launches from expert ids to output, for a handful of tokens at a time (kernels/decode.cu).
 
+mod plan;
+#[cfg(test)]
+mod tests;
+
 use super::activation::Activation;
 use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
-use super::pack::{Codes, Format, PackedExperts};
+use super::pack::PackedExperts;
 use super::projection::{Matrix, Projection};
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
+use plan::{Limits, Plan, Shape, Sizes, TOKENS};
 
-/// Tokens of a pair of launches: the columns of a tensor-core product.
-const TOKENS: usize = 8;
-/// The kernels' limits: of (token, slot) pairs at once, and of slots of a lone token.
+/// The kernels' limits: of (token, slot) pairs at once, of slots of a lone token, and of experts.
 const MAX_ITEMS: usize = 128;
 const MAX_TOPK: usize = 32;
-/// Places of the warps' rings, as kernels/decode.cu has them.
-const FIRST_DEPTH: usize = 2;
-const SECOND_DEPTH: usize = 3;
-/// More than any of the kernels has of static shared memory.
-const STATIC_SHARED: usize = 11 << 10;
+const MAX_EXPERTS: usize = 1 << 24;
 
-/// As `DecodeParams` in kernels/decode.cu.
+/// As `DecodeParams` in kernels/decode/params.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 struct Params {
@@ -42,90 +41,34 @@ struct Params {
     experts: i32,
     weight_on_input: i32,
     activation: Activation,
+    first_depth: i32,
+    second_depth: i32,
+    first_split: i32,
+    second_split: i32,
     _pad: i32,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<Params>() == 184);
-
-/// Warps of a block and bytes of its shared memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
-    warps: usize,
-    shared: usize,
-    /// With a lone token's rows, if they fit.
-    shared_lone: Option<usize>,
-}
-
-/// How a layer is launched on a GPU; depends on no call, so that neither do the sums' orders.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Plan {
-    first: Shape,
-    second: Shape,
-}
-
-/// What a plan depends on.
-#[derive(Clone, Copy)]
-struct Sizes {
-    format: Format,
-    topk: usize,
-    /// Bytes of a hidden state.
-    hidden: usize,
-    /// Bytes of an assignment's activations.
-    middle: usize,
-    first_blocks: usize,
-    second_blocks: usize,
-    second_slabs: usize,
-}
-
-impl Plan {
-    /// `shared` bytes are what a block may have.
-    fn new(s: Sizes, multiprocessors: usize, shared: usize) -> Self {
-        let (per_chunk, chunk_bytes) = chunk(s.format);
-        let shape = |chunks: usize, most: usize, depth: usize, lone: usize| {
-            let ring = depth * (chunk_bytes + 16);
-            // A power of two from 4 on (128 threads add up), no more than there are chunks.
-            let mut warps = chunks.next_power_of_two().clamp(4, most);
-            while warps > 4 && warps * ring > shared {
-                warps /= 2;
-            }
-            // The rings serve to add up, too: 512 bytes a warp, which they always have.
-            let rings = warps * ring;
-            // Behind them, a lone token's rows and their barrier.
-            Shape { warps, shared: rings, shared_lone: Some(rings + 16 + lone).filter(|all| *all <= shared) }
-        };
-        // The first kernel has blocks enough to fill the GPU whatever their size. The second has one per slab of the
-        // output: where those are few, they are made larger.
-        let most = if s.second_slabs <= multiprocessors { 16 } else { 8 };
-        Plan {
-            first: shape(s.first_blocks.div_ceil(per_chunk), 8, FIRST_DEPTH, s.hidden),
-            second: shape(s.topk * s.second_blocks.div_ceil(per_chunk), most, SECOND_DEPTH, s.topk * s.middle),
-        }
-    }
-}
-
-/// Blocks and bytes of what a warp brings in at once.
-fn chunk(format: Format) -> (usize, usize) {
-    let stages = match format.codes {
-        Codes::E2m1 | Codes::U4 => 2,
-        Codes::Half | Codes::E4m3 | Codes::Int8 => 1,
-    };
-    (2 * stages, stages * (2 * format.codes.words() * 512 + 32 * format.scales.registers()))
-}
+const _: () = assert!(size_of::<Params>() == 200);
 
 /// A layer's experts, packed and on the device, with their kernels.
 pub struct Decode {
     first: Projection,
     second: Projection,
-    first_one: Kernel,
-    first_many: Kernel,
-    second_one: Kernel,
-    second_many: Kernel,
-    first_batched: Kernel,
-    second_batched: Kernel,
-    plan: Plan,
+    first_kernels: Kernels,
+    second_kernels: Kernels,
+    /// For 1 to 8 tokens, or as many as there may be in one launch.
+    plans: Vec<Plan>,
+    batched: Plan,
     config: MoeConfig,
     middle: usize,
+}
+
+/// The entries of one of the two kernels.
+struct Kernels {
+    one: Kernel,
+    near: Kernel,
+    far: Kernel,
 }
 
 impl Decode {
@@ -134,34 +77,53 @@ impl Decode {
         if config.topk > MAX_TOPK {
             return Err(CudaError::Argument("cuda_decode takes a top-k of at most 32"));
         }
+        if config.experts >= MAX_EXPERTS {
+            return Err(CudaError::Argument("cuda_decode takes fewer than 2^24 experts"));
+        }
         let gpu = stream.gpu();
         let fatbin = packed.format.decode_fatbin().ok_or(CudaError::NoKernel("decode"))?;
         let sizes = Sizes {
             format: packed.format,
             topk: config.topk,
-            hidden: 2 * config.hidden,
-            middle: 2 * packed.middle,
             first_blocks: packed.first.blocks,
+            first_slabs: packed.first.slabs,
             second_blocks: packed.second.blocks,
             second_slabs: packed.second.slabs,
         };
         let info = gpu.info();
-        let plan = Plan::new(sizes, info.sms as usize, info.shared_per_block.saturating_sub(STATIC_SHARED));
-        let load = |entry, shape: Shape| {
+        let limits = Limits { multiprocessors: info.sms as usize, shared: info.shared_per_block };
+        let too_small = CudaError::Argument("this GPU's blocks have too little shared memory for cuda_decode");
+        let most = TOKENS.min(MAX_ITEMS / config.topk.max(1));
+        let plans: Option<Vec<_>> = (1..=most).map(|n| Plan::new(sizes, limits, n)).collect();
+        let (Some(plans), Some(batched)) = (plans, Plan::batched(sizes, limits)) else { return Err(too_small) };
+        let shared = |near, of: fn(&Plan) -> Shape| {
+            let shapes = plans.iter().chain([&batched]).map(of).filter(|s| s.near == near);
+            shapes.map(|s| s.shared).max().unwrap_or(0)
+        };
+        let load = |entry, shared: usize| {
             let kernel = gpu.kernel(fatbin, entry)?;
-            kernel.allow_shared(shape.shared)?;
+            kernel.allow_shared(shared)?;
             Ok::<_, CudaError>(kernel)
         };
+        let (near, far) = (shared(true, |p| p.first), shared(false, |p| p.first));
+        let first_kernels = Kernels {
+            one: load("moe_decode_first_one", near)?,
+            near: load("moe_decode_first_near", near)?,
+            far: load("moe_decode_first_far", far)?,
+        };
+        let (near, far) = (shared(true, |p| p.second), shared(false, |p| p.second));
+        let second_kernels = Kernels {
+            one: load("moe_decode_second_one", near)?,
+            near: load("moe_decode_second_near", near)?,
+            far: load("moe_decode_second_far", far)?,
+        };
         Ok(Self {
-            first_one: load("moe_decode_first_one", plan.first)?,
-            first_many: load("moe_decode_first_many", plan.first)?,
-            second_one: load("moe_decode_second_one", plan.second)?,
-            second_many: load("moe_decode_second_many", plan.second)?,
-            first_batched: load("moe_decode_first_batched", plan.first)?,
-            second_batched: load("moe_decode_second_batched", plan.second)?,
             first: Projection::new(stream, &packed.first, packed.format)?,
             second: Projection::new(stream, &packed.second, packed.format)?,
-            plan,
+            first_kernels,
+            second_kernels,
+            plans,
+            batched,
             config: *config,
             middle: packed.middle,
         })
@@ -176,10 +138,10 @@ impl Decode {
     fn group(&self) -> usize {
         // With batch invariance, a token's sums must not depend on which experts the others chose: the second kernel
         // takes each alone, which needs room for its rows.
-        if self.config.batch_invariant && self.plan.second.shared_lone.is_none() {
+        if self.config.batch_invariant && !self.plans[0].second.near {
             return 1;
         }
-        TOKENS.min(MAX_ITEMS / self.config.topk)
+        self.plans.len()
     }
 
     /// Bytes of workspace for up to `tokens` tokens, or slots of an expert in the batched format.
@@ -192,9 +154,13 @@ impl Decode {
     }
 
     /// What is the same in every call.
-    fn params(&self) -> Params {
+    fn params(&self, first: &Shape, second: &Shape) -> Params {
         let c = &self.config;
         Params {
+            first_depth: first.depth as i32,
+            second_depth: second.depth as i32,
+            first_split: first.split as i32,
+            second_split: second.split as i32,
             first: self.first.matrix,
             second: self.second.matrix,
             topk: c.topk as i32,
@@ -225,6 +191,11 @@ impl Decode {
         for start in (0..tokens).step_by(self.group()) {
             let n = (tokens - start).min(self.group());
             let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
+            // With batch invariance, the first kernel's shape is that of the most tokens whatever their number, and each
+            // token is alone in the second.
+            let alone = c.batch_invariant;
+            let plan = &self.plans[if alone { self.group() } else { n } - 1];
+            let second = if alone { &self.plans[0].second } else { &plan.second };
             let params = Params {
                 hidden: at(t.hidden.address(), c.hidden, 2),
                 ids: at(t.topk_ids.address(), c.topk, 4),
@@ -233,24 +204,18 @@ impl Decode {
                 middle: t.workspace.address(),
                 output: at(t.output.address(), c.hidden, 2),
                 tokens: n as i32,
-                ..self.params()
+                ..self.params(&plan.first, second)
             };
-            let Plan { first, second } = self.plan;
-            let (kernel, shared) = match first.shared_lone {
-                Some(shared) if n == 1 && !c.batch_invariant => (&self.first_one, shared),
-                _ => (&self.first_many, first.shared),
-            };
-            let grid = [self.first.matrix.slabs as u32, (n * c.topk) as u32, 1];
+            let kernel = self.first_kernels.of(&plan.first, n == 1 && !alone);
+            let units = self.first.matrix.slabs as usize * n * c.topk;
+            let blocks = plan.first_blocks.min(units.div_ceil(plan.first.groups()));
             // SAFETY: the parameters are those of every entry; lengths were checked, the packed experts live in `self`;
             // the rest is the caller's promise.
-            unsafe { launch(stream, kernel, first.warps, shared, grid, &params)? };
-            let (kernel, shared, rows) = match second.shared_lone {
-                Some(shared) if n == 1 || c.batch_invariant => (&self.second_one, shared, n),
-                _ => (&self.second_many, second.shared, 1),
-            };
-            let grid = [self.second.matrix.slabs as u32, rows as u32, 1];
+            unsafe { launch(stream, kernel, &plan.first, [blocks as u32, 1, 1], &params)? };
+            let kernel = self.second_kernels.of(second, n == 1 || alone);
+            let rows = if alone { n } else { 1 };
             // SAFETY: as above.
-            unsafe { launch(stream, kernel, second.warps, shared, grid, &params)? };
+            unsafe { launch(stream, kernel, second, [self.second_blocks(second), rows as u32, 1], &params)? };
         }
         Ok(())
     }
@@ -272,15 +237,32 @@ impl Decode {
             output: t.output.address(),
             counts: t.counts.address(),
             max_tokens: max as i32,
-            ..self.params()
+            ..self.params(&self.batched.first, &self.batched.second)
         };
-        let Plan { first, second } = self.plan;
-        let grid = |m: &Matrix| [m.slabs as u32, c.local_experts as u32, max.div_ceil(TOKENS) as u32];
+        let Plan { first, second, .. } = &self.batched;
+        let grid = |blocks: u32| [blocks, c.local_experts as u32, max.div_ceil(TOKENS) as u32];
+        let blocks = (self.first.matrix.slabs as usize).div_ceil(first.groups()) as u32;
         // SAFETY: the parameters are those of every entry; lengths were checked, the packed experts live in `self`; the
         // rest is the caller's promise.
         unsafe {
-            launch(stream, &self.first_batched, first.warps, first.shared, grid(&self.first.matrix), &params)?;
-            launch(stream, &self.second_batched, second.warps, second.shared, grid(&self.second.matrix), &params)
+            launch(stream, &self.first_kernels.far, first, grid(blocks), &params)?;
+            launch(stream, &self.second_kernels.far, second, grid(self.second_blocks(second)), &params)
+        }
+    }
+
+    /// Blocks that share the slabs of the output.
+    fn second_blocks(&self, shape: &Shape) -> u32 {
+        (self.second.matrix.slabs as usize).div_ceil(shape.groups()) as u32
+    }
+}
+
+impl Kernels {
+    /// The entry for a shape; `lone` if there is one token only.
+    fn of(&self, shape: &Shape, lone: bool) -> &Kernel {
+        match (shape.near, lone) {
+            (true, true) => &self.one,
+            (true, false) => &self.near,
+            (false, _) => &self.far,
         }
     }
 }
@@ -291,86 +273,11 @@ impl Decode {
 unsafe fn launch(
     stream: &Stream,
     kernel: &Kernel,
-    warps: usize,
-    shared: usize,
+    shape: &Shape,
     grid: [u32; 3],
     params: &Params,
 ) -> Result<(), CudaError> {
-    let launch = Launch { grid, ..Launch::new(1, 32 * warps as u32) };
+    let launch = Launch { grid, ..Launch::new(1, 32 * shape.warps as u32) };
     // SAFETY: the caller's promise.
-    unsafe { launch.shared(shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::pack::{Compute, StageScales};
-    use super::*;
-
-    const H200: usize = (227 << 10) - STATIC_SHARED;
-    const ADA: usize = (99 << 10) - STATIC_SHARED;
-
-    fn sizes(codes: Codes, scales: StageScales, (h, i, k): (usize, usize, usize)) -> Sizes {
-        Sizes {
-            format: Format { codes, scales, compute: Compute::Bf16, scale_bf16: false },
-            topk: k,
-            hidden: 2 * h,
-            middle: 2 * i,
-            first_blocks: h.div_ceil(64),
-            second_blocks: i.div_ceil(64),
-            second_slabs: h.div_ceil(16),
-        }
-    }
-
-    #[test]
-    fn every_plan_fits_the_gpu_and_fills_its_blocks() {
-        let formats = [
-            (Codes::Half, StageScales::None),
-            (Codes::E4m3, StageScales::F32(4)),
-            (Codes::U4, StageScales::Half(4, true)),
-        ];
-        let layers = [(2048, 768, 8), (4096, 14336, 2), (7168, 256, 8), (2880, 2880, 4), (5120, 8192, 1), (96, 32, 10)];
-        for (codes, scales) in formats {
-            for layer in layers {
-                for (sms, shared) in [(132, H200), (128, ADA)] {
-                    let plan = Plan::new(sizes(codes, scales, layer), sms, shared);
-                    for (shape, most) in [(plan.first, 8), (plan.second, 16)] {
-                        assert!(shape.shared <= shared && shape.shared >= 512 * shape.warps, "{layer:?} {shape:?}");
-                        assert!(shape.shared_lone.is_none_or(|s| s <= shared), "{layer:?} {shape:?}");
-                        assert!(shape.warps.is_power_of_two() && (4..=most).contains(&shape.warps), "{shape:?}");
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn rows_that_do_not_fit_are_left_to_the_kernel_for_many() {
-        let wide = sizes(Codes::Half, StageScales::None, (4096, 14336, 8));
-        assert_eq!(Plan::new(wide, 132, H200).second.shared_lone, None);
-        let narrow = sizes(Codes::Half, StageScales::None, (2048, 768, 8));
-        assert!(Plan::new(narrow, 132, H200).second.shared_lone.is_some());
-    }
-
-    #[test]
-    fn the_kernels_have_the_same_numbers() {
-        let decode = include_str!("../../kernels/decode.cu");
-        for (name, value) in [
-            ("kColumns", TOKENS),
-            ("kMaxItems", MAX_ITEMS),
-            ("kFirstDepth", FIRST_DEPTH),
-            ("kSecondDepth", SECOND_DEPTH),
-        ] {
-            assert!(decode.contains(&format!("constexpr int {name} = {value};")), "{name}");
-        }
-        // What `chunk` says of codes of one word.
-        assert!(include_str!("../../kernels/common/stream.cuh").contains("kStages = Q::kWords == 1 ? 2 : 1,"));
-    }
-
-    #[test]
-    fn few_slabs_get_large_blocks() {
-        let qwen = sizes(Codes::U4, StageScales::Half(1, false), (2048, 768, 8));
-        assert_eq!(Plan::new(qwen, 132, H200).second.warps, 16);
-        let deepseek = sizes(Codes::U4, StageScales::Half(1, false), (7168, 256, 8));
-        assert_eq!(Plan::new(deepseek, 132, H200).second.warps, 8);
-    }
+    unsafe { launch.shared(shape.shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }
 }

@@ -1,0 +1,151 @@
+// Tokens' rows in a block's shared memory: a barrier (16 bytes), the rows, the sums of their scale groups.
+#pragma once
+#include "params.cuh"
+
+namespace moe {
+
+template <class C, class Q, class S, bool kLift>
+struct Rows {
+    static constexpr int kGroups = S::kGroups == 0 ? 1 : S::kGroups;  // per stage
+    uint32_t barrier, rows;
+    int blocks, length, stride, sum_stride, count;
+
+    // `count` rows of `length` elements (a multiple of 8), padded to `blocks` blocks. src/cuda/decode/plan.rs reckons the
+    // same.
+    __device__ __forceinline__ Rows(uint32_t at, int blocks, int length, int count)
+        : barrier(at), rows(at + 16), blocks(blocks), length(length), count(count) {
+        // Off a multiple of 128 bytes, so that two rows lie in different banks.
+        stride = blocks * 128 + 64;
+        sum_stride = (blocks + 1) / 2 * kGroups * 4;
+    }
+
+    __device__ __forceinline__ uint32_t row(int i) const { return rows + i * stride; }
+    __device__ __forceinline__ uint32_t sums(int i) const { return rows + count * stride + i * sum_stride; }
+
+    // Before the first kernel's rows are sent for: zeros behind them, and the barrier. The whole block's; a barrier of the
+    // block must follow before `prepare`.
+    __device__ __forceinline__ void init() const {
+#if MOE_BULK
+        if (threadIdx.x == 32) {
+            barrier_init(barrier, 1);
+            barrier_init_done();
+        }
+#endif
+        const int vectors = blocks * 8 - length / 8;
+        if (vectors == 0) return;
+        for (int i = threadIdx.x; i < vectors * count; i += blockDim.x) {
+            store_16(row(i / vectors) + 2 * length + i % vectors * 16, make_uint4(0, 0, 0, 0));
+        }
+    }
+
+    // Sends for the rows at `from`, one after the other there.
+    __device__ __forceinline__ void fetch(const typename C::T* from) const {
+        const int bytes = 2 * length;
+#if MOE_BULK
+        // By the block's second warp: the first has the ids to look at.
+        if (threadIdx.x / 32 == 1) {
+            const int lane = threadIdx.x & 31;
+            if (lane == 0) barrier_expect(barrier, bytes * count);
+            __syncwarp();
+            for (int i = lane; i < count; i += 32) copy_bulk(row(i), from + (long long)i * length, bytes, barrier);
+        }
+#else
+        for (int i = 0; i < count; i++) {
+            for (int b = threadIdx.x * 16; b < bytes; b += blockDim.x * 16) {
+                copy_16(row(i) + b, reinterpret_cast<const char*>(from + (long long)i * length) + b);
+            }
+        }
+        commit_copies();
+#endif
+    }
+
+    // Waits for the rows, where at most `later` groups of copies were committed since, and makes them what NearTokens
+    // wants: lifted, summed up. The whole block's.
+    __device__ __forceinline__ void prepare(int later) const {
+#if MOE_BULK
+        barrier_wait(barrier, 0);
+#else
+        wait_for_copies(later);
+        __syncthreads();
+#endif
+        if constexpr (kLift) {
+            for (int i = 0; i < count; i++) {
+#pragma unroll 1
+                for (int v = threadIdx.x; v < blocks * 8; v += blockDim.x) {
+                    uint4 x = read_shared<uint4>(row(i) + 16 * v);
+                    x.x = C::mul(x.x, kLiftPair), x.y = C::mul(x.y, kLiftPair);
+                    x.z = C::mul(x.z, kLiftPair), x.w = C::mul(x.w, kLiftPair);
+                    store_16(row(i) + 16 * v, x);
+                }
+            }
+        }
+        if constexpr (kNeedsSums<Q, S>) {
+            // Half a warp sums up a stage's groups, eight columns a lane.
+            constexpr int kLanes = 16 / kGroups;
+            const int stages = (blocks + 1) / 2, all = count * stages, lane = threadIdx.x & 15;
+#pragma unroll 2
+            for (int start = threadIdx.x / 32 * 2; start < all; start += blockDim.x / 16) {
+                const int i = start + (threadIdx.x & 31) / 16, r = i / stages, stage = i - r * stages;
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (i < all && 2 * stage + lane / 8 < blocks) x = read_shared<uint4>(row(r) + stage * 256 + lane * 16);
+                float sum = (C::sum_of(x.x) + C::sum_of(x.y)) + (C::sum_of(x.z) + C::sum_of(x.w));
+#pragma unroll
+                for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+                if (i < all && lane % kLanes == 0) {
+                    store_4(sums(r) + (stage * kGroups + lane / kLanes) * 4, __float_as_uint(sum));
+                }
+            }
+        }
+        if constexpr (kLift || kNeedsSums<Q, S>) __syncthreads();
+    }
+
+    // Where a thread begins to load and how it goes on: found before the rows are there.
+    struct Walk {
+        int row, vector, rows, vectors;
+    };
+    __device__ __forceinline__ int vectors() const { return (blocks + 1) / 2 * 16; }  // of 16 bytes, to whole stages
+    __device__ __forceinline__ Walk walk() const {
+        const int per_row = vectors(), t = threadIdx.x, step = blockDim.x;
+        return {t / per_row, t % per_row, step / per_row, step % per_row};
+    }
+
+    // Brings rows that are in L2, as NearTokens wants them, but for lifting: quicker than copies by the engine, which take
+    // a microsecond. The whole block's; a barrier of the block must follow.
+    template <int kBatch>
+    __device__ __forceinline__ void load(const typename C::T* from, Walk w) const {
+        const int lane = threadIdx.x & 31, per_row = vectors();
+        const int all = per_row * count;
+#pragma unroll 1
+        for (int start = threadIdx.x - lane; start < all; start += kBatch * blockDim.x) {
+            uint4 x[kBatch];
+            Walk at = w;
+            auto go_on = [&](Walk& to) {
+                to.row += w.rows, to.vector += w.vectors;
+                if (to.vector >= per_row) to.vector -= per_row, to.row++;
+            };
+#pragma unroll
+            for (int b = 0; b < kBatch; b++) {
+                x[b] = make_uint4(0, 0, 0, 0);
+                if (w.row < count && 8 * w.vector < length) x[b] = load_16(from + (long long)w.row * length + 8 * w.vector);
+                go_on(w);
+            }
+#pragma unroll
+            for (int b = 0; b < kBatch; b++) {
+                const bool exists = at.row < count;
+                if (exists && at.vector < blocks * 8) store_16(row(at.row) + 16 * at.vector, x[b]);
+                if constexpr (kNeedsSums<Q, S>) {
+                    constexpr int kLanes = 16 / kGroups;  // of a group
+                    float sum = (C::sum_of(x[b].x) + C::sum_of(x[b].y)) + (C::sum_of(x[b].z) + C::sum_of(x[b].w));
+#pragma unroll
+                    for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+                    if (exists && lane % kLanes == 0) {
+                        store_4(sums(at.row) + at.vector / kLanes * 4, __float_as_uint(sum));
+                    }
+                }
+                go_on(at);
+            }
+        }
+    }
+};
+
+}  // namespace moe

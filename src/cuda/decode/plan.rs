@@ -1,0 +1,204 @@
+//! How `cuda_decode` is launched: a pure function of a layer's sizes, the GPU and the number of tokens.
+
+use super::super::pack::{Codes, Format};
+
+/// Tokens of a pair of launches: the columns of a tensor-core product.
+pub const TOKENS: usize = 8;
+/// More than any of the kernels has of static shared memory.
+const STATIC_SHARED: usize = 4 << 10;
+/// What a multiprocessor spends on every block.
+const BLOCK_SHARED: usize = 1 << 10;
+/// The kernels' threads allow no more, and for `far` in the first one.
+const WARPS: usize = 16;
+const FAR_WARPS: usize = 8;
+
+/// What a plan depends on, of a layer.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    pub format: Format,
+    pub topk: usize,
+    /// Blocks of 64 columns, and slabs of 16 rows, of gate and up and of down.
+    pub first_blocks: usize,
+    pub first_slabs: usize,
+    pub second_blocks: usize,
+    pub second_slabs: usize,
+}
+
+/// And of a GPU.
+#[derive(Clone, Copy)]
+pub struct Limits {
+    pub multiprocessors: usize,
+    /// Bytes of shared memory that a block may have, static and dynamic together; a multiprocessor has little more.
+    pub shared: usize,
+}
+
+/// How one of the two kernels is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Of a block; a power of two.
+    pub warps: usize,
+    /// Places of a warp's ring.
+    pub depth: usize,
+    /// Warps that share a unit of work, as a power of two.
+    pub split: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: usize,
+    /// The tokens' rows are in shared memory.
+    pub near: bool,
+}
+
+impl Shape {
+    /// How many units a block has in work at once.
+    pub fn groups(&self) -> usize {
+        self.warps >> self.split
+    }
+}
+
+/// Both, for a number of tokens. The order of sums depends on them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    pub first: Shape,
+    /// Blocks of the first kernel, at most.
+    pub first_blocks: usize,
+    pub second: Shape,
+}
+
+/// Where tokens' rows are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A lone token in shared memory.
+    One,
+    /// Several.
+    Near,
+    /// Any number, in global memory.
+    Far,
+}
+
+/// Bytes of a chunk of so many stages of 128 columns.
+fn chunk(format: Format, stages: usize) -> usize {
+    stages * (2 * format.codes.words() * 512 + 32 * format.scales.registers())
+}
+
+/// Stages of a chunk, as kFirstStages and kSecondStages of kernels/decode.cu.
+fn first_stages(format: Format, place: Place) -> usize {
+    match format.codes {
+        Codes::Half => 1,
+        _ if place == Place::One => 2 / format.codes.words(),
+        _ => 4 / format.codes.words(),
+    }
+}
+
+fn second_stages(format: Format) -> usize {
+    if format.codes.words() == 1 { 2 } else { 1 }
+}
+
+/// As `Rows` of kernels/decode/tokens.cuh: barrier, rows off a multiple of 128 bytes, sums of scale groups.
+fn rows(format: Format, blocks: usize, count: usize) -> usize {
+    16 + count * (blocks * 128 + 64 + blocks.div_ceil(2) * format.scales.groups().max(1) * 4)
+}
+
+impl Sizes {
+    fn first_shared(&self, place: Place, tokens: usize, warps: usize, depth: usize, split: u32) -> usize {
+        let ring = depth * (chunk(self.format, first_stages(self.format, place)) + 128 + 16);
+        let part = if place == Place::One { 8 } else { 16 };
+        let parts = if split == 0 { 0 } else { 2 * warps * 32 * part };
+        let rows = if place == Place::Far { 0 } else { rows(self.format, self.first_blocks, tokens) };
+        warps * ring + parts + rows
+    }
+
+    fn second_shared(&self, place: Place, tokens: usize, warps: usize, depth: usize, split: u32) -> usize {
+        let ring = depth * (chunk(self.format, second_stages(self.format)) + 16);
+        let pairs = tokens * self.topk;
+        let rows = if place == Place::Far { 0 } else { rows(self.format, self.second_blocks, pairs) };
+        warps * ring + (warps >> split) * pairs * 64 + rows
+    }
+
+    /// For `tokens` tokens, whose rows are to be in such a place; none if they do not fit there.
+    fn first(&self, gpu: Limits, place: Place, tokens: usize) -> Option<(Shape, usize)> {
+        let chunks = self.first_blocks.div_ceil(2 * first_stages(self.format, place));
+        let units = self.first_slabs * tokens * self.topk;
+        let each = units.div_ceil(gpu.multiprocessors);
+        let half = self.format.codes == Codes::Half;
+        // A lone token's units are few: that many at once, and the more warps to each. Formats that take many instructions
+        // want all warps at what arrives first, 16 bits long copies; long streams want few of them at once.
+        let slow = self.format.scales.groups() > 2 || half;
+        let long = each > 64;
+        // Two blocks of long copies, each wholly on one unit, are best where there is room for them.
+        let room = |blocks| {
+            let split = WARPS.ilog2();
+            let shared = self.first_shared(place, tokens, WARPS, 1, split) + STATIC_SHARED + BLOCK_SHARED;
+            blocks * shared <= gpu.shared + BLOCK_SHARED
+        };
+        let whole_blocks = place == Place::Near && half && (long || room(2));
+        let long = long && place == Place::Near && self.format.codes.words() == 2;
+        let groups = match each {
+            _ if whole_blocks => 1,
+            _ if long => 4,
+            _ if place != Place::One => 8,
+            0..=2 => 2,
+            3..=8 if slow => 2,
+            3..=8 => 8,
+            _ => 4,
+        };
+        let of = |warps: usize, depth: usize, blocks: usize| {
+            let split = (warps * blocks / groups).clamp(1, warps).ilog2();
+            let needed = self.first_shared(place, tokens, warps, depth, split);
+            // So much that no more blocks come to a multiprocessor, but for the batched format's, which are many: where
+            // the kernel before still runs, some have room for twice as many, which then take twice as long as others.
+            let whole = gpu.shared + BLOCK_SHARED;
+            let least = if place == Place::Far { 0 } else { (whole / (blocks + 1)).saturating_sub(BLOCK_SHARED) + 128 };
+            let shared = needed.max(least);
+            let fits =
+                shared + STATIC_SHARED <= gpu.shared && blocks * (shared + STATIC_SHARED + BLOCK_SHARED) <= whole;
+            let shape = Shape { warps, depth, split, shared, near: place != Place::Far };
+            fits.then_some((shape, blocks * gpu.multiprocessors))
+        };
+        let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
+        let deep = if half && place == Place::One { 3 } else { 2 };
+        // Twice the warps pay where a lone token's units are long, and so few or so many that none is left over.
+        let first_try = match place {
+            Place::One if chunks >= 16 && !(3..=16).contains(&each) => (wish, 2, 2),
+            Place::Near if whole_blocks => (wish, 1, if room(2) { 2 } else { 1 }),
+            Place::Near if long => (wish, 1, 1),
+            _ => (wish, deep, 1),
+        };
+        let rest = [(wish, deep, 1), (wish, 2, 1), (wish, 1, 1), (wish / 2, 2, 1), (wish / 2, 1, 1), (4, 1, 1)];
+        std::iter::once(first_try).chain(rest).find_map(|(warps, depth, blocks)| of(warps, depth, blocks))
+    }
+
+    fn second(&self, gpu: Limits, place: Place, tokens: usize) -> Option<Shape> {
+        let chunks = self.topk * self.second_blocks.div_ceil(2 * second_stages(self.format));
+        // Few slabs: a block to each; else two to a block, which read the tokens' rows once.
+        let half = self.format.codes == Codes::Half;
+        let few = if half && place != Place::One { 2 * gpu.multiprocessors } else { gpu.multiprocessors };
+        let groups = if self.second_slabs <= few { 1 } else { 2 };
+        let long = place == Place::One && chunks * groups > 8 * WARPS;
+        let deep = if long || half && place != Place::One && groups == 1 { 3 } else { 2 };
+        [(WARPS, deep), (WARPS, 2), (WARPS, 1), (WARPS / 2, 2), (WARPS / 2, 1), (4, 1)].into_iter().find_map(
+            |(warps, depth)| {
+                // 128 threads add up a slab.
+                let split = (warps / groups).max(4).ilog2();
+                let shared = self.second_shared(place, tokens, warps, depth, split);
+                let near = place != Place::Far;
+                (shared + STATIC_SHARED <= gpu.shared).then_some(Shape { warps, depth, split, shared, near })
+            },
+        )
+    }
+}
+
+impl Plan {
+    /// For `tokens` tokens, 1 to 8. None if the GPU has too little shared memory for any.
+    pub fn new(s: Sizes, gpu: Limits, tokens: usize) -> Option<Self> {
+        let near = if tokens == 1 { Place::One } else { Place::Near };
+        let first = s.first(gpu, near, tokens).or_else(|| s.first(gpu, Place::Far, tokens));
+        let second = s.second(gpu, near, tokens).or_else(|| s.second(gpu, Place::Far, tokens));
+        let (first, first_blocks) = first?;
+        Some(Plan { first, first_blocks, second: second? })
+    }
+
+    /// For the batched format.
+    pub fn batched(s: Sizes, gpu: Limits) -> Option<Self> {
+        let (first, first_blocks) = s.first(gpu, Place::Far, TOKENS)?;
+        Some(Plan { first, first_blocks, second: s.second(gpu, Place::Far, TOKENS)? })
+    }
+}

@@ -1,0 +1,109 @@
+use super::super::pack::{Codes, Compute, Format, StageScales};
+use super::plan::{Limits, Plan, Sizes, TOKENS};
+use super::{MAX_EXPERTS, MAX_ITEMS};
+
+const H200: Limits = Limits { multiprocessors: 132, shared: 227 << 10 };
+const ADA: Limits = Limits { multiprocessors: 128, shared: 99 << 10 };
+
+fn sizes(codes: Codes, scales: StageScales, (hidden, intermediate, topk): (usize, usize, usize)) -> Sizes {
+    Sizes {
+        format: Format { codes, scales, compute: Compute::Bf16, scale_bf16: false },
+        topk,
+        first_blocks: hidden.div_ceil(64),
+        first_slabs: intermediate.div_ceil(8),
+        second_blocks: intermediate.div_ceil(64),
+        second_slabs: hidden.div_ceil(16),
+    }
+}
+
+const QWEN3: (usize, usize, usize) = (2048, 768, 8);
+const MIXTRAL: (usize, usize, usize) = (4096, 14336, 2);
+const DEEPSEEK_TP8: (usize, usize, usize) = (7168, 256, 8);
+const INT4: (Codes, StageScales) = (Codes::U4, StageScales::Half(1, false));
+
+#[test]
+fn every_plan_fits_the_gpu_and_its_blocks_are_whole() {
+    let formats = [(Codes::Half, StageScales::None), (Codes::E4m3, StageScales::F32(4)), INT4];
+    let layers = [QWEN3, MIXTRAL, DEEPSEEK_TP8, (2880, 2880, 4), (5120, 8192, 1), (96, 32, 10), (16384, 8, 16)];
+    for (codes, scales) in formats {
+        for layer in layers {
+            for gpu in [H200, ADA] {
+                let s = sizes(codes, scales, layer);
+                let plans = (1..=TOKENS).map(|n| Plan::new(s, gpu, n)).chain([Plan::batched(s, gpu)]);
+                for plan in plans {
+                    let plan = plan.unwrap_or_else(|| panic!("{layer:?} has no plan"));
+                    for shape in [plan.first, plan.second] {
+                        assert!(shape.shared <= gpu.shared && shape.depth >= 1, "{layer:?} {shape:?}");
+                        assert!(shape.warps.is_power_of_two() && (4..=16).contains(&shape.warps), "{shape:?}");
+                        assert!(1 << shape.split <= shape.warps, "{shape:?}");
+                    }
+                    // What the kernels count on: a result has a thread, the far kernel's registers are for 8 warps.
+                    assert!(plan.second.split >= 2 && (plan.first.near || plan.first.warps <= 8), "{plan:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_do_not_fit_stay_in_global_memory() {
+    let near = |layer, tokens| {
+        let plan = Plan::new(sizes(Codes::Half, StageScales::None, layer), H200, tokens).unwrap();
+        (plan.first.near, plan.second.near)
+    };
+    assert_eq!(near(QWEN3, 8), (true, true));
+    assert_eq!(near(MIXTRAL, 1), (true, true));
+    assert_eq!(near(MIXTRAL, 8), (true, false));
+    assert_eq!(near((16384, 256, 8), 8), (false, true));
+}
+
+#[test]
+fn few_units_get_many_warps() {
+    let shape = |layer| Plan::new(sizes(INT4.0, INT4.1, layer), H200, 1).unwrap();
+    // 768 units for 132 multiprocessors: eight at once; 256: two at once, with all warps that there is room for.
+    assert_eq!(shape(QWEN3).first.groups(), 8);
+    assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (1, 264));
+    // As many slabs of the output as multiprocessors: a block to each.
+    assert_eq!((shape(QWEN3).second.groups(), shape(DEEPSEEK_TP8).second.groups()), (1, 2));
+}
+
+#[test]
+fn no_multiprocessor_takes_more_blocks_than_planned() {
+    for (codes, scales) in [(Codes::Half, StageScales::None), (Codes::E2m1, StageScales::E4m3), INT4] {
+        for layer in [QWEN3, MIXTRAL, DEEPSEEK_TP8, (2880, 2880, 4)] {
+            for tokens in 1..=TOKENS {
+                let plan = Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
+                let blocks = plan.first_blocks / H200.multiprocessors;
+                // An H200's multiprocessor has 228 KiB and spends 1 KiB on every block.
+                assert!((blocks + 1) * (plan.first.shared + 1024) > 228 << 10, "{layer:?} {plan:?}");
+                assert!(blocks * (plan.first.shared + 1024) <= 228 << 10, "{layer:?} {plan:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_plan_without_room_is_none() {
+    let tiny = Limits { multiprocessors: 1, shared: 4 << 10 };
+    assert_eq!(Plan::new(sizes(INT4.0, INT4.1, QWEN3), tiny, 1), None);
+}
+
+#[test]
+fn the_kernels_have_the_same_numbers() {
+    let params = include_str!("../../../kernels/decode/params.cuh");
+    for (name, value) in [("kColumns", TOKENS.to_string()), ("kMaxItems", MAX_ITEMS.to_string())] {
+        assert!(params.contains(&format!("constexpr int {name} = {value};")), "{name}");
+    }
+    assert!(params.contains("constexpr int kMaxExperts = 1 << 24;") && MAX_EXPERTS == 1 << 24);
+    let decode = include_str!("../../../kernels/decode.cu");
+    for line in [
+        "constexpr int kFirstStages = (kMode == Mode::kOne && Q::kWords < 4 ? 2 : 4) / Q::kWords;",
+        "constexpr int kSecondStages = Q::kWords == 1 ? 2 : 1;",
+        "using FirstRing = Ring<C, Q, S, kFirstStages<kMode>, 128>;",
+    ] {
+        assert!(decode.contains(line), "{line}");
+    }
+    // As plan.rs reckons the rows.
+    let rows = include_str!("../../../kernels/decode/tokens.cuh");
+    assert!(rows.contains("stride = blocks * 128 + 64;") && rows.contains("rows(at + 16)"));
+}
