@@ -83,7 +83,6 @@ struct Shape {
     static constexpr int kPitch = 16 * kSlabs + 4;
 };
 
-
 struct Task {
     int expert, start, count, row_tile;
 };

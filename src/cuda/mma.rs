@@ -254,8 +254,8 @@ impl Mma {
         map: Option<DevicePtr<'_, i32>>,
     ) -> Result<(), CudaError> {
         let c = &self.config;
-        t.check(c, tokens, self.workspace_bytes(tokens))?;
         let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
+        t.check(c, tokens, parts.all)?;
         for start in (0..tokens).step_by(self.group()) {
             let n = (tokens - start).min(self.group());
             let assignments = n * c.topk;
@@ -294,8 +294,8 @@ impl Mma {
     /// As for [`forward`](Self::forward).
     pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
         let c = &self.config;
-        t.check(c, max, self.workspace_bytes(max))?;
         let parts = Parts::new(self, max).ok_or(TOO_LARGE)?;
+        t.check(c, max, parts.all)?;
         let workspace = t.workspace.address();
         let call = Call {
             source: Source::Counts { counts: t.counts.address(), max },
