@@ -1,6 +1,9 @@
 //! Every checkpoint with a known answer, through the command line, with every CPU backend; every broken one refused.
 //! The cases are found by walking the folders: `fixtures` beside this file, and the shared collection where there.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -11,7 +14,7 @@ fn collections() -> Vec<PathBuf> {
     let shared = std::env::var_os("MOE_ORACLE_CHECKPOINTS").map(PathBuf::from);
     let shared = shared.unwrap_or_else(|| root.join("../shared/checkpoints"));
     if !shared.is_dir() {
-        println!("skipped: the shared checkpoints are not on this machine");
+        skip::skipped("the shared checkpoints are not on this machine");
     }
     [root.join("tests/fixtures"), shared].into_iter().filter(|d| d.is_dir()).collect()
 }
@@ -124,7 +127,7 @@ fn every_good_checkpoint_is_answered_within_its_tolerance_on_a_gpu() {
             "cuda",
             &[("cuda_decode", false), ("cuda_emulation", false), ("cuda_emulation", true), ("auto", false)],
         ),
-        Err(why) => println!("skipped: {why}"),
+        Err(why) => skip::skipped(why),
     }
 }
 

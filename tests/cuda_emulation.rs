@@ -9,7 +9,7 @@ use common::*;
 use moe_oracle::checkpoint::Checkpoint;
 use moe_oracle::config::*;
 use moe_oracle::cuda::emulation::{Emulation, EmulationError};
-use moe_oracle::cuda::{CudaError, DeviceBuffer, DevicePtr, Gpu, Graph, Stream, Tensors};
+use moe_oracle::cuda::{CudaError, DeviceBuffer, DevicePtr, Graph, Stream, Tensors};
 use moe_oracle::layer::{Device, LayerError, LayerOptions};
 use moe_oracle::oracle::{DynOracle, ORACLES, SelectInputs};
 use moe_oracle::platform::Platform;
@@ -23,17 +23,6 @@ const GUARD: usize = 512;
 
 fn oracle(alias: &str) -> &'static DynOracle {
     ORACLES.iter().find(|o| o.alias == alias).unwrap()
-}
-
-/// A stream on the first GPU; a machine without one skips the test with a word.
-fn stream() -> Option<Stream> {
-    match Gpu::open(0).and_then(|gpu| Stream::new(&gpu)) {
-        Ok(stream) => Some(stream),
-        Err(why) => {
-            println!("skipped: {why}");
-            None
-        }
-    }
 }
 
 /// The layer's activation key.
@@ -172,7 +161,7 @@ fn check(stream: &Stream, layer: &Layer, rng: &mut Rng, tokens: usize, skew: Ske
 
 #[test]
 fn every_oracle_is_near_float64() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for (n, oracle) in ORACLES.iter().enumerate() {
         for (m, (h, i)) in [(2880, 32), (64, 1408), (704, 96), (96, 352), (192, 192)].into_iter().enumerate() {
             let mut rng = Rng((n * 100 + m) as u64);
@@ -186,7 +175,7 @@ fn every_oracle_is_near_float64() {
 
 #[test]
 fn every_activation_with_biases() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for (n, activation) in GATED.into_iter().chain(UNGATED).enumerate() {
         for alias in ["Bf16", "Fp8Channel", "Mxfp4W4A16", "Int4Asym"] {
             let mut rng = Rng(1000 + n as u64);
@@ -198,7 +187,7 @@ fn every_activation_with_biases() {
 
 #[test]
 fn every_input_type_and_the_weight_on_the_input() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for alias in ["Bf16", "Fp8Block", "Nvfp4W4A4", "Int8Tensor", "Int4"] {
         for input in TYPES {
             for (weight_on_input, topk) in [(false, 4), (true, 1), (true, 4)] {
@@ -212,7 +201,7 @@ fn every_input_type_and_the_weight_on_the_input() {
 
 #[test]
 fn many_experts_many_tokens_and_every_skew() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for (e, k) in [(512, 10), (16, 8), (1, 1)] {
         for alias in ["Bf16", "Mxfp4W4A16", "Fp8ChannelWeightOnly"] {
             let mut rng = Rng(3000);
@@ -229,7 +218,7 @@ fn many_experts_many_tokens_and_every_skew() {
 
 #[test]
 fn odd_sizes_and_blocks_that_are_cut() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for alias in ["Bf16", "Fp8Block", "Fp8Block32", "Fp8TensorDynamic", "Fp8ChannelWeightOnly", "Int8Channel"] {
         for (h, i) in [(8, 1), (72, 37), (136, 131), (264, 257)] {
             let mut rng = Rng(3500);
@@ -241,7 +230,7 @@ fn odd_sizes_and_blocks_that_are_cut() {
 
 #[test]
 fn permuted_groups_with_and_without_zero_points_in_both_half_types() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for alias in ["Int4", "Int4Asym", "Int8Group", "Int8GroupAsym", "Int8GroupWeightOnly"] {
         // Bit 0 is the half type, bit 1 the group size.
         for style in 0..4 {
@@ -263,7 +252,7 @@ fn permuted_groups_with_and_without_zero_points_in_both_half_types() {
 
 #[test]
 fn ranks_compute_their_experts_and_nothing_else() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for alias in ["Bf16", "Fp8Block", "Int4"] {
         let mut rng = Rng(5000);
         let c = MoeConfig { input: InputType::F16, ..MoeConfig::new(10, 3, 96, 96) };
@@ -298,7 +287,7 @@ fn ranks_compute_their_experts_and_nothing_else() {
 
 #[test]
 fn ids_that_do_not_exist_add_nothing_and_their_weights_are_not_read() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for (weight_on_input, alias) in [(false, "Bf16"), (true, "Bf16"), (false, "Fp8Channel"), (true, "Fp8Tensor")] {
         let mut rng = Rng(5500);
         let c = MoeConfig { bias: true, weight_on_input, ..MoeConfig::new(6, 4, 64, 40) };
@@ -321,7 +310,7 @@ fn ids_that_do_not_exist_add_nothing_and_their_weights_are_not_read() {
 
 #[test]
 fn a_tokens_bits_depend_on_nothing_but_the_token() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for (n, oracle) in ORACLES.iter().enumerate() {
         let mut rng = Rng(4000 + n as u64);
         let c = MoeConfig { input: TYPES[n % 3], ..MoeConfig::new(6, 3, 192, 96) };
@@ -342,7 +331,7 @@ fn a_tokens_bits_depend_on_nothing_but_the_token() {
 
 #[test]
 fn more_tokens_than_one_launch_takes() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for alias in ["Int8ChannelWeightOnly", "Int8Channel"] {
         let mut rng = Rng(4500);
         let (h, k, tokens) = (16, 32, 1100);
@@ -364,7 +353,7 @@ fn more_tokens_than_one_launch_takes() {
 
 #[test]
 fn a_replayed_graph_gives_the_bits_of_an_eager_call() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for alias in ["Bf16", "Mxfp4W4A16", "Nvfp4Token"] {
         let mut rng = Rng(6000);
         let c = MoeConfig::new(8, 3, 192, 96);
@@ -393,7 +382,7 @@ fn a_replayed_graph_gives_the_bits_of_an_eager_call() {
 
 #[test]
 fn what_does_not_fit_is_refused_and_nothing_is_written() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     let mut rng = Rng(8000);
     let c = MoeConfig::new(4, 2, 32, 32);
     let layer = weights::layer(&mut rng, oracle("Bf16"), c);
@@ -461,7 +450,7 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
 
 #[test]
 fn a_backend_of_the_cpu_does_not_run_behind_a_gpus_back() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/16_gpt_oss_mxfp4");
     let layer = Checkpoint::open(fixture.as_ref()).unwrap().layer(0).unwrap();
     let options = LayerOptions { platform: Platform::cpu(), inputs: SelectInputs::AUTO, exact_activations: false };

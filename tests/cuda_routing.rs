@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::Rng;
+use common::{Rng, gpu};
 use moe_oracle::config::{Routing, RoutingMethod};
 use moe_oracle::cuda::routing::{Router, Tensors};
-use moe_oracle::cuda::{DeviceBuffer, Gpu, Graph, Stream};
+use moe_oracle::cuda::{DeviceBuffer, Graph, Stream};
 use moe_oracle::kernel::routing::{route_token, scratch_len};
 
 /// (experts, k, groups, groups kept): every entry of the kernel, full and not; one expert to a group and one group.
@@ -31,17 +31,6 @@ const SHAPES: [(usize, usize, usize, usize); 16] = [
 
 fn inside() -> impl Iterator<Item = RoutingMethod> {
     RoutingMethod::ALL.into_iter().map(|m| m.1).filter(|m| m.routes_inside())
-}
-
-/// A stream on the first GPU; a machine without one skips the test with a word.
-fn stream() -> Option<Stream> {
-    match Gpu::open(0).and_then(|gpu| Stream::new(&gpu)) {
-        Ok(stream) => Some(stream),
-        Err(why) => {
-            println!("skipped: {why}");
-            None
-        }
-    }
 }
 
 /// Logits of several kinds: smooth, on a grid with many equal ones, saturating, and with what is no number.
@@ -106,7 +95,7 @@ fn compare(have: &Routed, want: &Routed, what: &str) {
 
 #[test]
 fn every_method_and_shape_chooses_as_the_cpu_does() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for method in inside() {
         let mut rng = Rng(5);
         for (experts, k, groups, topk_groups) in SHAPES {
@@ -127,7 +116,7 @@ fn every_method_and_shape_chooses_as_the_cpu_does() {
 
 #[test]
 fn equal_scores_go_to_the_lowest_index() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     for method in inside() {
         let r = Routing { groups: 4, topk_groups: 2, ..Routing::new(method) };
         for experts in [16, 1024] {
@@ -139,7 +128,7 @@ fn equal_scores_go_to_the_lowest_index() {
 
 #[test]
 fn no_tokens_is_legal_and_short_tensors_are_refused() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     let router = Router::new(stream.gpu(), &Routing::new(RoutingMethod::Default), 8, 2).unwrap();
     let buffer = DeviceBuffer::zeroed(&stream, 8 * 4).unwrap();
     let t = Tensors { logits: buffer.ptr(), bias: None, ids: buffer.ptr(), weights: buffer.ptr() };
@@ -154,7 +143,7 @@ fn no_tokens_is_legal_and_short_tensors_are_refused() {
 
 #[test]
 fn a_captured_router_reads_the_new_logits_at_every_replay() {
-    let Some(stream) = stream() else { return };
+    let Some(stream) = gpu::stream() else { return };
     let (experts, k, tokens) = (256, 8, 9);
     let r = Routing { groups: 8, topk_groups: 4, ..Routing::new(RoutingMethod::DeepSeekV3) };
     let router = Router::new(stream.gpu(), &r, experts, k).unwrap();

@@ -1,6 +1,9 @@
 //! The runtime below the kernels: buffers, streams, graphs, events, and what it refuses.
 #![cfg(feature = "cuda")]
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use moe_oracle::cuda::{CudaError, DeviceBuffer, Event, FATBINS, Gpu, Graph, NOT_BUILT, Stream};
 
 /// The first GPU; a machine without one skips the test with a word.
@@ -8,7 +11,7 @@ fn gpu() -> Option<Gpu> {
     match Gpu::open(0) {
         Ok(gpu) => Some(gpu),
         Err(why) => {
-            println!("skipped: {why}");
+            skip::skipped(why);
             None
         }
     }
@@ -128,7 +131,7 @@ fn a_callers_stream_and_context_serve() {
 fn every_kernel_of_the_build_loads() {
     let Some(gpu) = gpu() else { return };
     if let Some(why) = NOT_BUILT {
-        return println!("skipped: no kernels in this build: {why}");
+        return skip::skipped(why);
     }
     for f in FATBINS {
         for r in f.resources {

@@ -2,6 +2,9 @@
 //! GPU that we have kernels for, we serve.
 #![cfg(feature = "cli")]
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::Command;
@@ -22,7 +25,7 @@ fn lines(bytes: &[u8]) -> Vec<Value> {
 #[test]
 fn every_decision_is_covered_and_every_refusal_has_a_reason() {
     let Some(file) = golden() else {
-        println!("skipped: no recorded decisions (set MOE_ORACLE_GOLDEN to their folder)");
+        skip::skipped("no recorded decisions (set MOE_ORACLE_GOLDEN to their folder)");
         return;
     };
     let questions = lines(&std::fs::read(&file).unwrap());

@@ -11,7 +11,7 @@ pub fn stream() -> Option<Stream> {
     match Gpu::open(0).and_then(|gpu| Stream::new(&gpu)) {
         Ok(stream) => Some(stream),
         Err(why) => {
-            println!("skipped: {why}");
+            super::skip::skipped(why);
             None
         }
     }

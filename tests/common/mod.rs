@@ -7,6 +7,7 @@ pub mod gpu;
 #[cfg(feature = "cuda")]
 pub mod packed;
 pub mod reference;
+pub mod skip;
 pub mod weights;
 
 use moe_oracle::config::{Activation, InputType, MoeConfig};

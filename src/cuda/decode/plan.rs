@@ -5,7 +5,7 @@ use super::super::pack::{Codes, Format};
 /// Tokens of a pair of launches: the columns of a tensor-core product.
 pub const TOKENS: usize = 8;
 /// More than any of the kernels has of static shared memory.
-const STATIC_SHARED: usize = 4 << 10;
+pub const STATIC_SHARED: usize = 4 << 10;
 /// What a multiprocessor spends on every block.
 const BLOCK_SHARED: usize = 1 << 10;
 /// The kernels' threads allow no more, and for `far` in the first one.

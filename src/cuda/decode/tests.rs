@@ -1,5 +1,6 @@
 use super::super::pack::{Codes, Compute, Format, StageScales};
-use super::plan::{Limits, Plan, Sizes, TOKENS};
+use super::super::{FATBINS, NOT_BUILT};
+use super::plan::{Limits, Plan, STATIC_SHARED, Sizes, TOKENS};
 use super::{MAX_EXPERTS, MAX_ITEMS};
 
 const H200: Limits = Limits { multiprocessors: 132, shared: 227 << 10 };
@@ -106,4 +107,14 @@ fn the_kernels_have_the_same_numbers() {
     // As plan.rs reckons the rows.
     let rows = include_str!("../../../kernels/decode/tokens.cuh");
     assert!(rows.contains("stride = blocks * 128 + 64;") && rows.contains("rows(at + 16)"));
+}
+
+#[test]
+fn no_kernel_has_more_static_shared_memory_than_plans_leave() {
+    if let Some(why) = NOT_BUILT {
+        return println!("skipped: {why}");
+    }
+    for r in FATBINS.iter().filter(|f| f.name.starts_with("decode_")).flat_map(|f| f.resources) {
+        assert!(r.shared_bytes as usize <= STATIC_SHARED, "{} on {}: {}", r.kernel, r.arch, r.shared_bytes);
+    }
 }
