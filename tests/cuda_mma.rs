@@ -4,8 +4,7 @@
 
 mod common;
 
-use common::packed::{self, as_stored, oracle};
-use common::reference::Reference;
+use common::packed::{self, oracle};
 use common::*;
 use moe_oracle::config::*;
 use moe_oracle::cuda::{CudaKernel, Families, Stream, Tile};
@@ -139,89 +138,26 @@ fn few_tokens_go_to_the_kernels_for_few_tokens() {
 #[test]
 fn a_token_may_name_an_expert_twice() {
     let Some(stream) = gpu::stream() else { return };
-    let mut rng = Rng(3500);
-    let layer = weights::layer(&mut rng, oracle("Bf16"), config(4, 3, 64, 64));
-    let kernel = gemm(&stream, &layer, None, None);
-    for (tokens, ids) in [(1, vec![2, 2, 1]), (3, vec![2, 2, 1, 1, 2, 2, 2, 2, 2])] {
-        let x = hidden(&mut rng, tokens, &layer.config);
-        let weights: Vec<f32> = ids.iter().map(|_| rng.range(0.1, 1.0)).collect();
-        let want = Reference::new(&layer, None).forward(&x, &ids, &weights, None);
-        let error = relative_error(&gpu::forward(&stream, &kernel, &x, &ids, &weights), &want);
-        assert!(error < 4e-3, "{ids:?}: {error:e}");
-    }
+    packed::a_token_names_an_expert_twice(&stream, &|layer, map| gemm(&stream, layer, None, map));
 }
 
 #[test]
 fn expert_parallel_ranks_add_up() {
     let Some(stream) = gpu::stream() else { return };
-    for alias in ["Bf16", "Fp8Block", "Int4"] {
-        let mut rng = Rng(5000);
-        let whole = weights::layer(&mut rng, oracle(alias), config(10, 4, 96, 96));
-        let x = hidden(&mut rng, 21, &whole.config);
-        let (ids, weights) = route(&mut rng, 21, &whole.config, Skew::Uniform);
-        let want = Reference::new(&whole, None).forward(&x, &ids, &weights, None);
-        let mut sum = vec![0f32; x.len()];
-        for rank in 0..3 {
-            let mine: Vec<usize> = (0..10).filter(|e| e % 3 == rank).collect();
-            let map: Vec<i32> = (0..10).map(|e| mine.iter().position(|m| *m == e).map_or(-1, |l| l as i32)).collect();
-            let parallel = Parallel { ep: 3, ..Parallel::SINGLE };
-            let config = MoeConfig { local_experts: mine.len(), parallel, ..whole.config };
-            let mut part = whole.weights.clone();
-            part.experts = mine.iter().map(|e| whole.weights.experts[*e].clone()).collect();
-            let layer = Layer { oracle: whole.oracle, config, weights: part };
-            let y = gpu::forward(&stream, &gemm(&stream, &layer, None, Some(&map)), &x, &ids, &weights);
-            sum.iter_mut().zip(y).for_each(|(s, y)| *s += y);
-        }
-        let error = relative_error(&sum, &want);
-        assert!(error < 6e-3, "{alias}: {error:e}");
-    }
+    packed::ranks_add_up(&stream, &|layer, map| gemm(&stream, layer, None, map), 21);
 }
 
 #[test]
 fn a_poisoned_token_leaves_its_neighbours_alone() {
     let Some(stream) = gpu::stream() else { return };
-    let mut rng = Rng(6000);
-    let layer = weights::layer(&mut rng, oracle("Mxfp4W4A16"), config(4, 2, 96, 96));
-    let kernel = gemm(&stream, &layer, None, None);
-    let (tokens, h) = (5, 96);
-    let mut x = hidden(&mut rng, tokens, &layer.config);
-    let (ids, weights) = route(&mut rng, tokens, &layer.config, Skew::Same);
-    let want = Reference::new(&layer, None).forward(&x, &ids, &weights, None);
-    x[2 * h + 7] = f32::INFINITY;
-    let call = gpu::Call::new(&stream, &kernel, &x, &ids, &weights);
-    call.launch(&stream, &kernel);
-    let y = gpu::values(layer.config.input, &call.output_bits(&stream));
-    assert!(y[2 * h..3 * h].iter().any(|v| !v.is_finite()), "an infinity was swallowed");
-    for t in [0, 1, 3, 4] {
-        let error = relative_error(&y[t * h..(t + 1) * h], &want[t * h..(t + 1) * h]);
-        assert!(error < 6e-3, "token {t}: {error:e}");
-    }
+    packed::a_poisoned_token_harms_no_other(&stream, &|layer, map| gemm(&stream, layer, None, map));
 }
 
 #[test]
 fn the_batched_format_gives_what_the_standard_one_gives() {
     let Some(stream) = gpu::stream() else { return };
-    for alias in ["Bf16", "Fp8Block", "Mxfp4W4A16", "Int4G32Asym", "Nvfp4W4A16", "Int8Channel"] {
-        let mut rng = Rng(6000);
-        let layer = weights::layer(&mut rng, oracle(alias), MoeConfig { bias: true, ..config(5, 1, 96, 192) });
-        let batched = MoeConfig { format: ActivationFormat::Batched, ..layer.config };
-        let batched = Layer { oracle: layer.oracle, config: batched, weights: layer.weights.clone() };
-        let (max, counts) = (150, [3, 0, 150, 1, 40]);
-        let x = hidden(&mut rng, 5 * max, &layer.config);
-        for tile in [None, Some(Tile::T16)] {
-            let y = gpu::forward_batched(&stream, &gemm(&stream, &batched, tile, None), &x, &counts, max);
-            let stored = as_stored(&layer);
-            let mut reference = Reference::new(&stored, None);
-            for (row, y) in y.chunks(96).enumerate() {
-                let (expert, slot) = (row / max, row % max);
-                if slot < counts[expert] as usize {
-                    let want = reference.forward(&x[row * 96..][..96], &[expert as i32], &[1.0], None);
-                    let error = relative_error(y, &want);
-                    assert!(error < 6e-3, "{alias}, expert {expert}, slot {slot}: {error:e}");
-                } else {
-                    assert!(y.iter().all(|v| v.is_nan()), "{alias}: wrote an empty slot");
-                }
-            }
-        }
+    for tile in [None, Some(Tile::T16)] {
+        let make = |layer: &Layer, map: Option<&[i32]>| gemm(&stream, layer, tile, map);
+        packed::the_batched_format_agrees(&stream, &make, 150, [3, 0, 150, 1, 40]);
     }
 }

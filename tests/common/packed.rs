@@ -1,8 +1,8 @@
 //! What tests of the kernels over packed weights share.
 
 use super::reference::Reference;
-use super::{Layer, Rng, Skew, gpu, hidden, relative_error, route};
-use moe_oracle::config::InputType;
+use super::{Layer, Rng, Skew, gpu, hidden, relative_error, route, weights};
+use moe_oracle::config::{ActivationFormat, InputType, MoeConfig, Parallel};
 use moe_oracle::cuda::pack::{Codes, PackedExperts};
 use moe_oracle::cuda::{CudaKernel, Stream};
 use moe_oracle::oracle::{DynOracle, ORACLES};
@@ -62,4 +62,89 @@ pub fn check(
     assert!(have.iter().all(|v| !v.is_nan()), "{}: not all written", layer.oracle.alias);
     assert_eq!(call.replay(stream, kernel), bits, "{}: a graph's replay differs", layer.oracle.alias);
     bits
+}
+
+/// Makes a layer's kernel, for the experts of a map if there is one.
+pub type Make<'a> = &'a dyn Fn(&Layer, Option<&[i32]>) -> CudaKernel;
+
+pub fn a_token_names_an_expert_twice(stream: &Stream, make: Make) {
+    let mut rng = Rng(3500);
+    let layer = weights::layer(&mut rng, oracle("Bf16"), MoeConfig::new(4, 3, 64, 64));
+    let kernel = make(&layer, None);
+    for (tokens, ids) in [(1, vec![2, 2, 1]), (3, vec![2, 2, 1, 1, 2, 2, 2, 2, 2])] {
+        let x = hidden(&mut rng, tokens, &layer.config);
+        let weights: Vec<f32> = ids.iter().map(|_| rng.range(0.1, 1.0)).collect();
+        let want = Reference::new(&layer, None).forward(&x, &ids, &weights, None);
+        let error = relative_error(&gpu::forward(stream, &kernel, &x, &ids, &weights), &want);
+        assert!(error < 4e-3, "{ids:?}: {error:e}");
+    }
+}
+
+/// Three ranks with every third expert each.
+pub fn ranks_add_up(stream: &Stream, make: Make, tokens: usize) {
+    for alias in ["Bf16", "Fp8Block", "Int4"] {
+        let mut rng = Rng(5000);
+        let whole = weights::layer(&mut rng, oracle(alias), MoeConfig::new(10, 4, 96, 96));
+        let x = hidden(&mut rng, tokens, &whole.config);
+        let (ids, weights) = route(&mut rng, tokens, &whole.config, Skew::Uniform);
+        let want = Reference::new(&whole, None).forward(&x, &ids, &weights, None);
+        let mut sum = vec![0f32; x.len()];
+        for rank in 0..3 {
+            let mine: Vec<usize> = (0..10).filter(|e| e % 3 == rank).collect();
+            let map: Vec<i32> = (0..10).map(|e| mine.iter().position(|m| *m == e).map_or(-1, |l| l as i32)).collect();
+            let parallel = Parallel { ep: 3, ..Parallel::SINGLE };
+            let config = MoeConfig { local_experts: mine.len(), parallel, ..whole.config };
+            let mut part = whole.weights.clone();
+            part.experts = mine.iter().map(|e| whole.weights.experts[*e].clone()).collect();
+            let layer = Layer { oracle: whole.oracle, config, weights: part };
+            let y = gpu::forward(stream, &make(&layer, Some(&map)), &x, &ids, &weights);
+            sum.iter_mut().zip(y).for_each(|(s, y)| *s += y);
+        }
+        let error = relative_error(&sum, &want);
+        assert!(error < 6e-3, "{alias}, {tokens} tokens: {error:e}");
+    }
+}
+
+pub fn a_poisoned_token_harms_no_other(stream: &Stream, make: Make) {
+    let mut rng = Rng(6000);
+    let layer = weights::layer(&mut rng, oracle("Mxfp4W4A16"), MoeConfig::new(4, 2, 96, 96));
+    let kernel = make(&layer, None);
+    let (tokens, h) = (5, 96);
+    let mut x = hidden(&mut rng, tokens, &layer.config);
+    let (ids, weights) = route(&mut rng, tokens, &layer.config, Skew::Same);
+    let want = Reference::new(&layer, None).forward(&x, &ids, &weights, None);
+    x[2 * h + 7] = f32::INFINITY;
+    let call = gpu::Call::new(stream, &kernel, &x, &ids, &weights);
+    call.launch(stream, &kernel);
+    let y = gpu::values(layer.config.input, &call.output_bits(stream));
+    assert!(y[2 * h..3 * h].iter().any(|v| !v.is_finite()), "an infinity was swallowed");
+    for t in [0, 1, 3, 4] {
+        let error = relative_error(&y[t * h..(t + 1) * h], &want[t * h..(t + 1) * h]);
+        assert!(error < 6e-3, "token {t}: {error:e}");
+    }
+}
+
+/// Five experts with so many tokens in `max` slots each.
+pub fn the_batched_format_agrees(stream: &Stream, make: Make, max: usize, counts: [i32; 5]) {
+    for alias in ["Bf16", "Fp8Block", "Mxfp4W4A16", "Int4G32Asym", "Nvfp4W4A16", "Int8Channel"] {
+        let mut rng = Rng(6000);
+        let config = MoeConfig { bias: true, ..MoeConfig::new(5, 1, 96, 192) };
+        let layer = weights::layer(&mut rng, oracle(alias), config);
+        let batched = MoeConfig { format: ActivationFormat::Batched, ..layer.config };
+        let batched = Layer { oracle: layer.oracle, config: batched, weights: layer.weights.clone() };
+        let x = hidden(&mut rng, 5 * max, &layer.config);
+        let y = gpu::forward_batched(stream, &make(&batched, None), &x, &counts, max);
+        let stored = as_stored(&layer);
+        let mut reference = Reference::new(&stored, None);
+        for (row, y) in y.chunks(96).enumerate() {
+            let (expert, slot) = (row / max, row % max);
+            if slot < counts[expert] as usize {
+                let want = reference.forward(&x[row * 96..][..96], &[expert as i32], &[1.0], None);
+                let error = relative_error(y, &want);
+                assert!(error < 6e-3, "{alias}, expert {expert}, slot {slot}: {error:e}");
+            } else {
+                assert!(y.iter().all(|v| v.is_nan()), "{alias}: wrote an empty slot");
+            }
+        }
+    }
 }
