@@ -19,7 +19,7 @@ pub(super) trait Isa: Copy {
     type V: Copy;
     /// Bytes of `LANES` rows by 4 columns, row by row.
     type Bytes: Copy;
-    /// Sums of products of such bytes, in 16 bits, one or more per row.
+    /// Sums of products of such bytes, in 16 bits at least, one or more per row.
     type Products: Copy;
     /// An int32 per row.
     type Ints: Copy;

@@ -14,7 +14,7 @@ use crate::platform::CpuIsa;
 pub(super) const CHUNK: usize = 12;
 
 /// How far ahead of the running step memory is asked for.
-pub(super) const PREFETCH: usize = 1024;
+pub(super) const PREFETCH: usize = 4096;
 
 /// One panel times `x[0 .. tokens]`.
 pub(super) struct Job<'a> {
@@ -266,7 +266,13 @@ entries!(on_portable, Portable);
 #[cfg(target_arch = "x86_64")]
 entries!(on_avx2, super::super::isa::avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-entries!(on_avx512, super::super::isa::avx512::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+entries!(on_avx512, super::super::isa::avx512::Avx512<false>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+entries!(
+    on_avx512_vnni,
+    super::super::isa::avx512::Avx512<true>,
+    "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);
 
 /// The kernel of a code and an instruction set.
 pub(super) fn kernel(isa: CpuIsa, code: Code) -> PanelFn {
@@ -275,6 +281,8 @@ pub(super) fn kernel(isa: CpuIsa, code: Code) -> PanelFn {
         CpuIsa::Avx2 => on_avx2::kernel(code),
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::kernel(code),
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Vnni => on_avx512_vnni::kernel(code),
         _ => on_portable::kernel(code),
     }
 }
@@ -286,6 +294,8 @@ pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
         CpuIsa::Avx2 => on_avx2::activate,
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::activate,
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Vnni => on_avx512_vnni::activate,
         _ => on_portable::activate,
     }
 }
@@ -297,6 +307,8 @@ pub(super) fn fix(isa: CpuIsa) -> FixFn {
         CpuIsa::Avx2 => on_avx2::fix,
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::fix,
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Vnni => on_avx512_vnni::fix,
         _ => on_portable::fix,
     }
 }

@@ -195,7 +195,7 @@ fn check(kind: Kind, hidden: usize, inter: usize, activation: Activation, bias: 
             expected(&weights.experts[e], activation, &x[r as usize * stride..][..hidden])
         })
         .collect();
-    for isa in [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512] {
+    for isa in CpuIsa::ALL {
         if isa > CpuIsa::detect() {
             continue;
         }
@@ -311,7 +311,7 @@ fn exponential_is_accurate_and_never_nan() {
 #[test]
 fn every_code_decodes_exactly() {
     // One weight per row and an input of 1: the result of up is the weight itself, then relu2 squares it.
-    for isa in [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512] {
+    for isa in CpuIsa::ALL {
         if isa > CpuIsa::detect() {
             continue;
         }

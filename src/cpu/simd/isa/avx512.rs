@@ -1,15 +1,15 @@
-//! Sixteen lanes with AVX-512 F and BW.
+//! Sixteen lanes with AVX-512 F and BW, and with VNNI where there is that.
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::{E2M1_BYTES, E4M3_BYTES, Isa, anew};
 use std::arch::x86_64::*;
 
-/// 512-bit vectors.
+/// 512-bit vectors; whether the processor has VNNI too.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx512;
+pub(in super::super) struct Avx512<const VNNI: bool>;
 
-impl Isa for Avx512 {
+impl<const VNNI: bool> Isa for Avx512<VNNI> {
     const LANES: usize = 16;
     type V = __m512;
     type Bytes = __m512i;
@@ -109,10 +109,17 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     unsafe fn add_products(sums: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
-        _mm512_add_epi16(sums, _mm512_maddubs_epi16(unsigned, signed))
+        match VNNI {
+            true => _mm512_dpbusd_epi32(sums, unsigned, signed),
+            false => _mm512_add_epi16(sums, _mm512_maddubs_epi16(unsigned, signed)),
+        }
     }
     #[inline(always)]
     unsafe fn total([p2, p1, p0]: [__m512i; 3]) -> __m512i {
+        if VNNI {
+            let high = _mm512_add_epi32(_mm512_slli_epi32::<7>(p2), p1);
+            return _mm512_add_epi32(_mm512_slli_epi32::<7>(high), p0);
+        }
         let p2 = _mm512_madd_epi16(p2, _mm512_set1_epi16(1 << 14));
         let p1 = _mm512_madd_epi16(p1, _mm512_set1_epi16(1 << 7));
         let p0 = _mm512_madd_epi16(p0, _mm512_set1_epi16(1));

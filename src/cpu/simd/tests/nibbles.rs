@@ -12,7 +12,7 @@ const FOUR_BIT: [Kind; 6] = [
 ];
 
 fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
-    [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512].into_iter().filter(|isa| *isa <= CpuIsa::detect())
+    CpuIsa::ALL.into_iter().filter(|isa| *isa <= CpuIsa::detect())
 }
 
 /// The form of a row, read back as its module documents it: values, and the scale of each one's block.
