@@ -13,6 +13,7 @@ mod math;
 mod nibble;
 mod pack;
 mod run;
+mod scaled;
 #[cfg(test)]
 mod tests;
 
@@ -69,6 +70,8 @@ pub enum PackError {
 struct Projection {
     shape: Shape,
     kernel: kernel::PanelFn,
+    /// Brings rows into the form of the shape's code.
+    form: kernel::FixFn,
 }
 
 /// The order of an expert's columns where the checkpoint permuted them.
@@ -95,7 +98,6 @@ pub struct SimdExperts {
     expert_bytes: usize,
     activation: Activation,
     activate: kernel::ActivateFn,
-    fix: kernel::FixFn,
     isa: CpuIsa,
 }
 
@@ -140,7 +142,6 @@ impl SimdExperts {
             expert_bytes,
             activation,
             activate: kernel::activation(isa),
-            fix: kernel::fix(isa),
             isa,
         })
     }
@@ -163,7 +164,8 @@ fn projection(
         }
     }
     let Some(shape) = shape else { return Err(PackError::Unsupported("a layer without experts".into())) };
-    Ok(Projection { shape, kernel: kernel::kernel(isa, shape.code) })
+    let form = kernel::form(isa, shape.code.form());
+    Ok(Projection { shape, kernel: kernel::kernel(isa, shape.code), form })
 }
 
 fn orders(expert: &ExpertWeights) -> Orders {

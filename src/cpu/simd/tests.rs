@@ -329,7 +329,8 @@ fn every_code_decodes_exactly() {
             let mut bytes = vec![0; shape.panel_bytes()];
             pack::panel(&up, &shape, None, None, panel, &mut bytes);
             let mut out = [[0f32; format::PANEL]];
-            let x = [1f32];
+            // The scaled form of 1: 2^119 and what it takes back to 2^120.
+            let x = [2f32, 2f32.powi(119)];
             // SAFETY: the instruction set was checked, the panel packed for the shape, x and out have one row.
             unsafe {
                 kernel::kernel(isa, shape.code)(&mut kernel::Job {
