@@ -212,6 +212,7 @@ macro_rules! entries {
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn entry<F: Format>(job: &mut Job<'_>) {
+                let _subnormals = F::SCALED.then(scaled::Subnormals::on);
                 panel::<$isa, F>(job)
             }
 

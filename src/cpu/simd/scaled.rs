@@ -31,3 +31,60 @@ pub(super) fn row(x: &[f32], order: Option<&[u32]>, out: &mut [f32]) {
         Some(order) => out.iter_mut().zip(order).for_each(|(to, c)| *to = x[*c as usize] * a * b),
     }
 }
+
+/// While it lives, this thread computes with subnormal numbers, which weights are here. Engines may have told the
+/// processor to take them as zeros.
+pub(super) struct Subnormals {
+    #[cfg(target_arch = "x86_64")]
+    before: u32,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Subnormals {
+    /// "Denormals are zeros" and "flush to zero".
+    const OFF: u32 = 1 << 6 | 1 << 15;
+
+    #[inline(always)]
+    pub(super) fn on() -> Self {
+        let before = mode();
+        if before & Self::OFF != 0 {
+            set_mode(before & !Self::OFF);
+        }
+        Self { before }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Drop for Subnormals {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.before & Self::OFF != 0 {
+            set_mode(self.before);
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+impl Subnormals {
+    pub(super) fn on() -> Self {
+        Self {}
+    }
+}
+
+/// The control register of vector arithmetic.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn mode() -> u32 {
+    let mut mode = 0u32;
+    // SAFETY: every x86-64 processor has it; it writes the four bytes.
+    unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut mode, options(nostack, preserves_flags)) };
+    mode
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn set_mode(mode: u32) {
+    // SAFETY: callers pass what `mode` gave but for the two bits above, which change how subnormal numbers are taken and
+    // nothing else; arithmetic cannot move across it, for it is between loads and stores that cannot.
+    unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack, preserves_flags)) };
+}

@@ -1,6 +1,7 @@
 //! Packed experts against float64 over [`WeightMatrix::value`], and bit-equality of batches and thread counts.
 
 mod nibbles;
+mod scaled_rows;
 
 use super::*;
 use crate::cpu::{Assignment, Experts, ExpertsCall, Segment, SingleThread, ThreadPool, padded};
