@@ -164,18 +164,18 @@ impl SimdExperts {
         unsafe { (self.down.form)(mid, None, self.down.shape.group, row) };
     }
 
-    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment.
-    fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
+    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment, N at a time.
+    fn first<const N: usize>(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
         let expert = segment.expert as usize;
         let orders = &self.orders[expert];
         let (gate_panel, up_panel) = self.panels(expert, panel, false);
         let rows = PANEL.min(self.intermediate() - panel * PANEL);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let (mut gate, mut up) = ([[0f32; PANEL]; CHUNK], [[0f32; PANEL]; CHUNK]);
-        for at in (start..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - at);
+        let (mut gate, mut up) = ([[0f32; PANEL]; N], [[0f32; PANEL]; N]);
+        for at in (start..end).step_by(N) {
+            let n = N.min(end - at);
             let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
-                let mut x = [std::ptr::null::<f32>(); CHUNK];
+                let mut x = [std::ptr::null::<f32>(); N];
                 for (i, a) in call.assignments[at..at + n].iter().enumerate() {
                     x[i] = match p.shape.form_len() > 0 || order.is_some() {
                         true => from.row(self.input_of(call, at + i)),
@@ -210,17 +210,24 @@ impl SimdExperts {
         }
     }
 
-    /// Rows `panel * 32 ..` of down, for the assignments of a segment.
-    fn second(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts, output: Shared) {
+    /// Rows `panel * 32 ..` of down, for the assignments of a segment, N at a time.
+    fn second<const N: usize>(
+        &self,
+        call: &ExpertsCall<'_>,
+        segment: &Segment,
+        panel: usize,
+        parts: &Parts,
+        output: Shared,
+    ) {
         let (_, bytes) = self.panels(segment.expert as usize, panel, true);
         let hidden = self.hidden();
         let from = if self.down.shape.form_len() > 0 { parts.formed_mid } else { parts.mid };
         let rows = PANEL.min(hidden - panel * PANEL);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let mut out = [[0f32; PANEL]; CHUNK];
-        for at in (start..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - at);
-            let mut x = [std::ptr::null::<f32>(); CHUNK];
+        let mut out = [[0f32; PANEL]; N];
+        for at in (start..end).step_by(N) {
+            let n = N.min(end - at);
+            let mut x = [std::ptr::null::<f32>(); N];
             for (i, x) in x[..n].iter_mut().enumerate() {
                 *x = from.row(at + i);
             }
@@ -279,14 +286,23 @@ impl Experts for SimdExperts {
         }
         let panels = self.up.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
-            self.first(&call, &call.segments[i / panels], i % panels, &parts);
+            let segment = &call.segments[i / panels];
+            // A lone token needs no room for more.
+            match segment.len {
+                1 => self.first::<1>(&call, segment, i % panels, &parts),
+                _ => self.first::<CHUNK>(&call, segment, i % panels, &parts),
+            }
         });
         if parts.formed_mid.stride > 0 {
             rows(self.intermediate(), &|a| self.form_mid(a, &parts));
         }
         let panels = self.down.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
-            self.second(&call, &call.segments[i / panels], i % panels, &parts, output);
+            let segment = &call.segments[i / panels];
+            match segment.len {
+                1 => self.second::<1>(&call, segment, i % panels, &parts, output),
+                _ => self.second::<CHUNK>(&call, segment, i % panels, &parts, output),
+            }
         });
     }
 
