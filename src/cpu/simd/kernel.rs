@@ -1,8 +1,8 @@
 //! The micro-kernel: one panel times the rows of some tokens, and its entry points per instruction set. (4-bit weights
 //! have one of their own, in `nibble`.)
 //!
-//! Lanes are rows of the panel and K runs sequentially, so that each output is one chain of multiply-adds in an order
-//! that depends on nothing but the matrix: any tile of tokens gives the same bits.
+//! Lanes are rows of the panel and K runs sequentially, so that each output is two chains of multiply-adds (even and odd
+//! columns) in an order that depends on nothing but the matrix: any tile of tokens gives the same bits.
 
 use super::format::{self, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
 use super::isa::{Isa, portable::Portable};

@@ -2,7 +2,11 @@
 //!
 //! Weight-only and exact: activations and sums are float32. See `format` for the layout and `kernel` for the loop.
 //! With 4-bit weights products are integer ones, activations being brought into a fixed-point form that is as good as
-//! exact: see `fixed` for the form and `nibble` for the loop.
+//! exact: see `fixed` for the form and `nibble` for the loop. E4m3 weights take activations multiplied by a power of
+//! two: see `scaled`.
+//!
+//! A token's bits depend on its inputs, the weights and the instruction set, not on the batch or on threads; with 4-bit
+//! weights not on the instruction set either.
 
 mod codes;
 mod fixed;
