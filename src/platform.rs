@@ -9,9 +9,14 @@ pub enum CpuIsa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
+    /// The same with VNNI, the integer dot products.
+    Avx512Vnni,
 }
 
 impl CpuIsa {
+    /// All of them, best last.
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+
     /// The best of this machine. Asks the processor once, then remembers.
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -19,7 +24,7 @@ impl CpuIsa {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = has!("avx2") && has!("fma") && has!("f16c");
             if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-                return CpuIsa::Avx512;
+                return if has!("avx512vnni") { CpuIsa::Avx512Vnni } else { CpuIsa::Avx512 };
             }
             if avx2 {
                 return CpuIsa::Avx2;
@@ -28,12 +33,13 @@ impl CpuIsa {
         CpuIsa::Portable
     }
 
-    /// `portable`, `avx2`, `avx512`
+    /// `portable`, `avx2`, `avx512`, `avx512_vnni`
     pub const fn name(self) -> &'static str {
         match self {
             CpuIsa::Portable => "portable",
             CpuIsa::Avx2 => "avx2",
             CpuIsa::Avx512 => "avx512",
+            CpuIsa::Avx512Vnni => "avx512_vnni",
         }
     }
 }
@@ -57,13 +63,14 @@ impl Platform {
         Platform::Cpu(CpuIsa::detect())
     }
 
-    /// `cpu`, `cpu_avx2`, `cpu_avx512`, `cpu_amx`, `cpu_portable`, `sm_90`, `rocm`, `xpu`.
+    /// `cpu`, `cpu_avx2`, `cpu_avx512`, `cpu_avx512_vnni`, `cpu_amx`, `cpu_portable`, `sm_90`, `rocm`, `xpu`.
     pub fn by_name(name: &str) -> Option<Self> {
         Some(match name {
             "cpu" => Platform::cpu(),
             "cpu_portable" => Platform::Cpu(CpuIsa::Portable),
             "cpu_avx2" => Platform::Cpu(CpuIsa::Avx2),
-            "cpu_avx512" | "cpu_amx" => Platform::Cpu(CpuIsa::Avx512),
+            "cpu_avx512" => Platform::Cpu(CpuIsa::Avx512),
+            "cpu_avx512_vnni" | "cpu_amx" => Platform::Cpu(CpuIsa::Avx512Vnni),
             "rocm" => Platform::Rocm,
             "xpu" => Platform::Xpu,
             _ => Platform::Cuda(name.strip_prefix("sm_")?.trim_end_matches(['a', 'f']).parse().ok()?),

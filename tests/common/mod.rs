@@ -97,7 +97,7 @@ pub fn targets(layer: &Layer) -> Vec<Target> {
         if *scheme != layer.oracle.scheme || info.device != Device::Cpu || !keep(info.name) {
             continue;
         }
-        for isa in [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512] {
+        for isa in CpuIsa::ALL {
             let best = CpuIsa::detect();
             let wanted = if info.experts == ExpertsKind::Simd { isa <= best } else { isa == best };
             let platform = Platform::Cpu(isa);

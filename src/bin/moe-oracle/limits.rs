@@ -1,4 +1,4 @@
-//! What the machine can do at best, measured: reading memory and multiplying float32.
+//! What the machine can do at best, measured: reading memory, multiplying float32 and, where there is VNNI, bytes.
 
 use crate::failure::{Failure, Outcome};
 use crate::machine;
@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-/// The two limits with a number of threads.
+/// The limits with a number of threads.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Limits {
     /// Threads that were measured.
@@ -16,12 +16,24 @@ pub struct Limits {
     pub read_gbps: f64,
     /// Float32 operations per nanosecond, a fused multiply-add counted as two.
     pub f32_gflops: f64,
+    /// Operations per nanosecond of integer dot products of bytes (VNNI), where the processor has them.
+    pub int8_gops: Option<f64>,
 }
 
 impl Limits {
-    /// Measures both; about half a second.
+    /// Measures all; about a second.
     pub fn measure(threads: usize) -> Outcome<Self> {
-        Ok(Self { threads, read_gbps: read_gbps(threads)?, f32_gflops: f32_gflops(threads)? })
+        Ok(Self {
+            threads,
+            read_gbps: read_gbps(threads)?,
+            f32_gflops: peak(threads, multiply_add)?,
+            int8_gops: match CpuIsa::detect() {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: `detect` has found VNNI.
+                CpuIsa::Avx512Vnni => Some(peak(threads, || unsafe { dot_vnni() })?),
+                _ => None,
+            },
+        })
     }
 
     /// The least microseconds that reading `bytes` and computing `flops` can take when they overlap fully.
@@ -38,24 +50,24 @@ struct Span {
 }
 
 /// Passes of each measurement; the best counts, for other processes can only slow a pass down.
-const PASSES: usize = 5;
+const PASSES: usize = 6;
 
-/// Runs `work` on every thread after `prepare` and returns the best pass's work per nanosecond, from the first
+/// Runs `work` (with the pass's number) on every thread after `prepare` and returns the best pass's work per nanosecond, from the first
 /// thread's start to the last one's end. All threads begin a pass together: their start-up would otherwise be measured
 /// on machines with many cores.
-fn rate<T>(threads: usize, prepare: impl Fn() -> T + Sync, work: impl Fn(&T) -> f64 + Sync) -> Outcome<f64> {
+fn rate<T>(threads: usize, prepare: impl Fn() -> T + Sync, work: impl Fn(&T, usize) -> f64 + Sync) -> Outcome<f64> {
     let (prepare, work) = (&prepare, &work);
     let barrier = &Barrier::new(threads);
-    let pass = move |prepared: &T| {
+    let pass = move |prepared: &T, pass: usize| {
         barrier.wait();
         let start = Instant::now();
-        let work = work(prepared);
+        let work = work(prepared, pass);
         Span { start, end: Instant::now(), work }
     };
     let spans: Option<Vec<[Span; PASSES]>> = std::thread::scope(|scope| {
         let run = move || {
             let prepared = prepare();
-            std::array::from_fn(|_| pass(&prepared))
+            std::array::from_fn(|i| pass(&prepared, i))
         };
         let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
         handles.into_iter().map(|h| h.join().ok()).collect()
@@ -75,46 +87,61 @@ pub fn read_gbps(threads: usize) -> Outcome<f64> {
     let room = machine::memory_available().map_or(usize::MAX, |m| m / 4);
     let total = (64 * MIB * threads).clamp(512 * MIB, 8192 * MIB).min(room.max(64 * MIB));
     let len = (total / threads / 8).next_multiple_of(STREAMS * LANES);
-    // Each thread touches its own part first, so that its pages lie on the thread's memory node.
-    let prepare = || (0..len as u64).collect::<Vec<u64>>();
-    rate(threads, prepare, |buffer| {
-        black_box(sum(black_box(buffer)));
-        (buffer.len() * 8) as f64
-    })
+    // Each thread touches its own part first, so that its pages lie on the thread's memory node. Pages are huge where
+    // the system has some, as those of packed weights are.
+    let prepare = || -> std::io::Result<memmap2::MmapMut> {
+        let mut buffer = memmap2::MmapMut::map_anon(8 * len)?;
+        #[cfg(target_os = "linux")]
+        let _ = buffer.advise(memmap2::Advice::HugePage);
+        buffer.chunks_exact_mut(8).zip(0u64..).for_each(|(to, i)| to.copy_from_slice(&i.to_ne_bytes()));
+        Ok(buffer)
+    };
+    let best = rate(threads, prepare, |buffer, pass| {
+        let Ok(buffer) = buffer else { return 0.0 };
+        // A mapping starts at a page, so that all of it is there as numbers.
+        let (_, numbers, _) = bytemuck::pod_align_to::<u8, u64>(black_box(buffer));
+        // Some machines read one stream faster than several, others the other way round.
+        black_box(if pass % 2 == 0 { sum::<1>(numbers) } else { sum::<STREAMS>(numbers) });
+        (numbers.len() * 8) as f64
+    })?;
+    match best {
+        0.0 => Err(Failure::said(format_args!("no memory to measure with: {} MiB were asked for", total / MIB))),
+        best => Ok(best),
+    }
 }
 
-/// Independent places that a thread reads from at once, so that every prefetcher has work.
+/// Independent places that a thread reads from at once in half of the passes, so that every prefetcher has work.
 const STREAMS: usize = 4;
 /// Elements that a stream adds per step: two widest vectors.
 const LANES: usize = 16;
 
-fn sum(buffer: &[u64]) -> u64 {
+fn sum<const STREAMS: usize>(buffer: &[u64]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     match CpuIsa::detect() {
         // SAFETY: `detect` has found AVX-512F.
-        CpuIsa::Avx512 => return unsafe { sum_avx512(buffer) },
+        CpuIsa::Avx512 | CpuIsa::Avx512Vnni => return unsafe { sum_avx512::<STREAMS>(buffer) },
         // SAFETY: `detect` has found AVX2.
-        CpuIsa::Avx2 => return unsafe { sum_avx2(buffer) },
+        CpuIsa::Avx2 => return unsafe { sum_avx2::<STREAMS>(buffer) },
         CpuIsa::Portable => {}
     }
-    sum_any(buffer)
+    sum_any::<STREAMS>(buffer)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn sum_avx512(buffer: &[u64]) -> u64 {
-    sum_any(buffer)
+fn sum_avx512<const STREAMS: usize>(buffer: &[u64]) -> u64 {
+    sum_any::<STREAMS>(buffer)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn sum_avx2(buffer: &[u64]) -> u64 {
-    sum_any(buffer)
+fn sum_avx2<const STREAMS: usize>(buffer: &[u64]) -> u64 {
+    sum_any::<STREAMS>(buffer)
 }
 
 /// Adds up everything; inlined into the functions above, each with its own vectors.
 #[inline(always)]
-fn sum_any(buffer: &[u64]) -> u64 {
+fn sum_any<const STREAMS: usize>(buffer: &[u64]) -> u64 {
     let part = buffer.len() / STREAMS;
     let mut acc = [[0u64; LANES]; STREAMS];
     for at in (0..part).step_by(LANES) {
@@ -132,12 +159,12 @@ fn sum_any(buffer: &[u64]) -> u64 {
 /// Steps between two looks at the clock: some ten microseconds.
 const STEPS: usize = 10_000;
 
-/// Float32 operations per nanosecond of `threads` threads together.
-pub fn f32_gflops(threads: usize) -> Outcome<f64> {
-    let work = |_: &()| {
+/// Operations per nanosecond of `threads` threads together, `burst` being some and returning their number.
+fn peak(threads: usize, burst: impl Fn() -> f64 + Sync) -> Outcome<f64> {
+    let work = |_: &(), _| {
         let (start, mut flops) = (Instant::now(), 0.0);
         while start.elapsed() < Duration::from_millis(30) {
-            flops += multiply_add();
+            flops += burst();
         }
         flops
     };
@@ -149,7 +176,7 @@ fn multiply_add() -> f64 {
     #[cfg(target_arch = "x86_64")]
     match CpuIsa::detect() {
         // SAFETY: `detect` has found AVX-512F.
-        CpuIsa::Avx512 => return unsafe { fma_avx512() },
+        CpuIsa::Avx512 | CpuIsa::Avx512Vnni => return unsafe { fma_avx512() },
         // SAFETY: `detect` has found AVX2 and FMA.
         CpuIsa::Avx2 => return unsafe { fma_avx2() },
         CpuIsa::Portable => {}
@@ -193,4 +220,17 @@ fn fma_avx2() -> f64 {
     }
     black_box(acc.iter().fold(x, |a, b| _mm256_add_ps(a, *b)));
     (2 * 8 * CHAINS * STEPS) as f64
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot_vnni() -> f64 {
+    use std::arch::x86_64::*;
+    let (x, y) = (_mm512_set1_epi8(black_box(1)), _mm512_set1_epi8(black_box(1)));
+    let mut acc = [_mm512_setzero_si512(); CHAINS];
+    for _ in 0..STEPS {
+        acc.iter_mut().for_each(|a| *a = _mm512_dpbusd_epi32(*a, x, y));
+    }
+    black_box(acc.iter().fold(x, |a, b| _mm512_add_epi32(a, *b)));
+    (2 * 64 * CHAINS * STEPS) as f64
 }

@@ -1,7 +1,6 @@
 //! Codes from a row-major matrix to steps. In every format a step holds 4 bytes of each of the 32 rows.
 
 use super::format::{Code, PANEL, STEP_BYTES};
-use super::isa::pair_byte;
 use crate::scheme::{Elem, number};
 use crate::weights::{Scales, WeightElem, WeightMatrix};
 use std::ops::Range;
@@ -23,14 +22,10 @@ pub(super) fn pack(
     let (out, _) = out.as_chunks_mut::<STEP_BYTES>();
     let job = Job { m, first, rows: rows.min(PANEL), columns, order, step: code.step() };
     match code {
-        Code::Bf16 => job.pack(0, out, |four, lane, out| out[4 * lane..][..4].copy_from_slice(&four)),
+        Code::Bf16 | Code::E4m3 => job.pack(0, out, |four, lane, out| out[4 * lane..][..4].copy_from_slice(&four)),
         Code::F16 => job.pack(0, out, |four, lane, out| {
             out[2 * lane..][..2].copy_from_slice(&four[..2]);
             out[64 + 2 * lane..][..2].copy_from_slice(&four[2..]);
-        }),
-        Code::E4m3 => job.pack(0, out, |four, lane, out| {
-            out[pair_byte(lane, 0)..][..2].copy_from_slice(&four[..2]);
-            out[pair_byte(lane, 2)..][..2].copy_from_slice(&four[2..]);
         }),
         Code::Int8 | Code::U8Zero => {
             // U8 without zero points means code - 128: flipping the top bit makes that two's complement.

@@ -4,8 +4,8 @@
 //! the layer has biases). Then, group by group along K: the group's scales, its zero points, and its codes in steps
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
 
-use super::fixed;
 use super::isa::Isa;
+use super::{fixed, scaled};
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 32;
@@ -21,7 +21,7 @@ pub(super) enum Code {
     Bf16,
     /// By column.
     F16,
-    /// Bytes: of every 4 rows, columns 0 and 1 of each row, then columns 2 and 3.
+    /// By row, 4 columns each.
     E4m3,
     /// By column, two's complement: int8, and u8 around 128.
     Int8,
@@ -50,10 +50,25 @@ impl Code {
         matches!(self, Code::U8Zero | Code::U4Zero)
     }
 
-    /// Whether kernels take activations in fixed point (see `fixed`) and not as float32.
-    pub(super) fn fixed(self) -> bool {
-        matches!(self, Code::E2m1 | Code::U4 | Code::U4Zero)
+    /// How kernels take activations.
+    pub(super) fn form(self) -> Form {
+        match self {
+            Code::E2m1 | Code::U4 | Code::U4Zero => Form::Fixed,
+            Code::E4m3 => Form::Scaled,
+            Code::Bf16 | Code::F16 | Code::Int8 | Code::U8Zero => Form::Plain,
+        }
     }
+}
+
+/// What a row of activations is brought into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Nothing: it stays as it is.
+    Plain,
+    /// Fixed point, see `fixed`; depends on the group's size.
+    Fixed,
+    /// A common scale, see `scaled`.
+    Scaled,
 }
 
 /// The scales of a group.
@@ -140,9 +155,19 @@ impl Shape {
             + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
     }
 
-    /// Float32 elements that a row takes in the form that kernels of a fixed-point code read; 0 for other codes.
-    pub(super) fn fixed_len(&self) -> usize {
-        if self.code.fixed() { fixed::len(self.cols, self.group) } else { 0 }
+    /// Float32 elements that a row takes in the form that the code's kernels read; 0 where it stays as it is.
+    pub(super) fn form_len(&self) -> usize {
+        match self.code.form() {
+            Form::Plain => 0,
+            Form::Fixed => fixed::len(self.cols, self.group),
+            Form::Scaled => scaled::HEAD + self.cols,
+        }
+    }
+
+    /// Whether kernels of both shapes read the same form of a row.
+    pub(super) fn form_like(&self, other: &Self) -> bool {
+        let form = self.code.form();
+        form == other.code.form() && (form != Form::Fixed || self.group == other.group)
     }
 
     /// Number of panels.
@@ -162,6 +187,8 @@ pub(super) trait Format {
     const STEP: usize;
     /// Zero points are subtracted after decoding.
     const ZERO: bool;
+    /// Activations come in the scaled form.
+    const SCALED: bool = false;
 
     /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
     ///
@@ -172,13 +199,14 @@ pub(super) trait Format {
 }
 
 macro_rules! format {
-    ($(#[$doc:meta])* $name:ident, $cols:literal, $zero:literal, |$p:ident, $row:ident, $w:ident| $body:block) => {
+    ($(#[$doc:meta])* $name:ident, $cols:literal, $zero:literal $(, scaled = $scaled:literal)?, |$p:ident, $row:ident, $w:ident| $body:block) => {
         $(#[$doc])*
         pub(super) struct $name;
 
         impl Format for $name {
             const STEP: usize = $cols;
             const ZERO: bool = $zero;
+            $(const SCALED: bool = $scaled;)?
 
             #[inline(always)]
             #[allow(unsafe_op_in_unsafe_fn)]
@@ -194,8 +222,8 @@ F16, 2, false, |p, row, w| {
     w[0] = I::f16(p.add(2 * row));
     w[1] = I::f16(p.add(64 + 2 * row));
 });
-format!(/// [`Code::E4m3`]
-    E4m3, 4, false, |p, row, w| { *w = I::e4m3x4(p.add(4 * row)); });
+format!(/// [`Code::E4m3`], times 2^-120
+    E4m3, 4, false, scaled = true, |p, row, w| { *w = I::e4m3x4(p.add(4 * row)); });
 format!(/// [`Code::Int8`]
 Int8, 4, false, |p, row, w| {
     for (k, w) in w.iter_mut().enumerate() {

@@ -19,7 +19,7 @@ pub(super) trait Isa: Copy {
     type V: Copy;
     /// Bytes of `LANES` rows by 4 columns, row by row.
     type Bytes: Copy;
-    /// Sums of products of such bytes, in 16 bits, one or more per row.
+    /// Sums of products of such bytes, in 16 bits at least, one or more per row.
     type Products: Copy;
     /// An int32 per row.
     type Ints: Copy;
@@ -47,7 +47,8 @@ pub(super) trait Isa: Copy {
     unsafe fn e8m0(p: *const u8) -> Self::V;
     /// Dwords of two bf16 each: the low halves, the high halves.
     unsafe fn bf16x2(p: *const u8) -> (Self::V, Self::V);
-    /// `LANES * 4` bytes of e4m3 codes (`LANES` rows by 4 columns, as [`pair_byte`] says) to values, by column.
+    /// `LANES` rows of 4 e4m3 codes each to 2^-120 times their values, by column: the codes' bits moved into float32,
+    /// whose exponent bias is larger by 120.
     unsafe fn e4m3x4(p: *const u8) -> [Self::V; 4];
     /// The low or the high halves of `LANES * 4` bytes.
     unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> Self::Bytes;
@@ -86,47 +87,12 @@ fn anew(mut p: *const u8) -> *const u8 {
     p
 }
 
-/// Where column `k` of the row `lane` of a panel lies in a step of e4m3 codes: unpacking takes columns 0 and 1 from the
-/// low 8 bytes of 16 and the others from the high 8, four rows each.
-#[inline(always)]
-pub(super) fn pair_byte(lane: usize, k: usize) -> usize {
-    lane / 4 * 16 + (k & 2) * 4 + lane % 4 * 2 + (k & 1)
-}
-
 /// Twice the value of each e2m1 code, plus 12.
 pub(super) static E2M1_BYTES: [u8; 16] = {
     let mut t = [0; 16];
     let mut i = 0;
     while i < 16 {
         t[i] = (2.0 * crate::scheme::number::E2M1[i] + 12.0) as u8;
-        i += 1;
-    }
-    t
-};
-
-/// The two bytes of e4m3 codes as bf16, from table look-ups: exact for subnormals too, whatever the flush-to-zero mode,
-/// and cheaper than converting through float16. Codes below 16 (subnormals and the lowest exponent) are looked up by
-/// their low nibble; for all others that look-up gives 0 and arithmetic gives the bytes.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct E4m3Bytes {
-    /// By high nibble: sign and upper exponent bits, the sign alone for codes below 16.
-    high: [u8; 16],
-    /// By low nibble, for codes below 16: the high byte.
-    small_high: [u8; 16],
-    /// By low nibble, for codes below 16: the low byte, xor what arithmetic makes of it.
-    small_low: [u8; 16],
-}
-
-#[cfg(target_arch = "x86_64")]
-pub(super) static E4M3_BYTES: E4m3Bytes = {
-    let mut t = E4m3Bytes { high: [0; 16], small_high: [0; 16], small_low: [0; 16] };
-    let mut i = 0;
-    while i < 16 {
-        let exponent = if i & 7 == 0 { 0 } else { 60 + (i as u8 & 7) };
-        t.high[i] = (i as u8 & 8) << 4 | exponent;
-        let bits = crate::scheme::number::E4M3[i].to_bits() >> 16;
-        t.small_high[i] = (bits >> 8) as u8;
-        t.small_low[i] = bits as u8 ^ (i as u8) << 4;
         i += 1;
     }
     t

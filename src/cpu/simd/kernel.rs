@@ -1,12 +1,12 @@
 //! The micro-kernel: one panel times the rows of some tokens, and its entry points per instruction set. (4-bit weights
 //! have one of their own, in `nibble`.)
 //!
-//! Lanes are rows of the panel and K runs sequentially, so that each output is one chain of multiply-adds in an order
-//! that depends on nothing but the matrix: any tile of tokens gives the same bits.
+//! Lanes are rows of the panel and K runs sequentially, so that each output is two chains of multiply-adds (even and odd
+//! columns) in an order that depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use super::format::{self, Code, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
+use super::format::{self, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
 use super::isa::{Isa, portable::Portable};
-use super::{fixed, math, nibble};
+use super::{fixed, math, nibble, scaled};
 use crate::config::Activation;
 use crate::platform::CpuIsa;
 
@@ -14,7 +14,7 @@ use crate::platform::CpuIsa;
 pub(super) const CHUNK: usize = 12;
 
 /// How far ahead of the running step memory is asked for.
-pub(super) const PREFETCH: usize = 1024;
+pub(super) const PREFETCH: usize = 8192;
 
 /// One panel times `x[0 .. tokens]`.
 pub(super) struct Job<'a> {
@@ -22,7 +22,7 @@ pub(super) struct Job<'a> {
     pub shape: &'a Shape,
     /// `shape.panel_bytes()` bytes.
     pub panel: &'a [u8],
-    /// Rows of `shape.cols` elements, or their fixed-point forms if the code asks for them.
+    /// Rows of `shape.cols` elements, or the forms of them that the code asks for.
     pub x: &'a [*const f32],
     /// Results, one per element of `x`.
     pub out: &'a mut [[f32; PANEL]],
@@ -32,10 +32,10 @@ pub(super) struct Job<'a> {
 ///
 /// The processor has the kernel's instruction set, the panel was packed for the shape and has `panel_bytes` bytes, the
 /// kernel is the one for the shape's code, every pointer of `x` can be read for `shape.cols` elements (of a form: for
-/// `shape.fixed_len()`) and `out` is as long as `x`.
+/// `shape.form_len()`) and `out` is as long as `x`.
 pub(super) type PanelFn = unsafe fn(&mut Job<'_>);
 
-/// [`fixed::row`] with what the instruction set offers.
+/// [`fixed::row`] or [`scaled::row`] with what the instruction set offers.
 ///
 /// # Safety
 ///
@@ -57,9 +57,17 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
     let zero = I::splat(0.0);
     let mut x = [std::ptr::null::<f32>(); M];
     x.copy_from_slice(&job.x[t..t + M]);
+    let mut heads = [1f32; M];
+    if F::SCALED {
+        for m in 0..M {
+            heads[m] = x[m].read();
+            x[m] = x[m].add(scaled::HEAD);
+        }
+    }
     let base = job.panel.as_ptr();
     let mut p = base.add(shape.head());
     let (cols, group, scale) = (shape.cols, shape.group, shape.scale);
+    // Results of single groups are added up in memory: the registers are the group's.
     let mut acc = [[zero; V]; M];
     let mut k = 0;
     while k < cols {
@@ -73,13 +81,13 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
             }
             p = p.add(PANEL);
         }
-        let mut sum = [[zero; V]; M];
+        let mut sums = [[[zero; V]; M]; 2];
         for _ in 0..len / F::STEP {
-            if M == 1 {
+            if t == 0 {
                 I::prefetch(p.wrapping_add(PREFETCH));
                 I::prefetch(p.wrapping_add(PREFETCH + 64));
             }
-            step::<I, F, M, V>(p, row, &zeros, &x, &mut sum);
+            step::<I, F, M, V>(p, row, &zeros, &x, &mut sums);
             p = p.add(STEP_BYTES);
             for m in 0..M {
                 x[m] = x[m].add(F::STEP);
@@ -98,18 +106,14 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
                 tail_x[m] = tail[m].as_ptr();
                 x[m] = x[m].add(rest);
             }
-            step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sum);
+            step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sums);
             p = p.add(STEP_BYTES);
             k += rest;
         }
-        if scale == GroupScale::None {
-            acc = sum;
-        } else {
-            for v in 0..V {
-                let s = scale.load::<I>(scales, row + v * I::LANES);
-                for m in 0..M {
-                    acc[m][v] = I::fma(sum[m][v], s, acc[m][v]);
-                }
+        for v in 0..V {
+            let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, row + v * I::LANES) };
+            for m in 0..M {
+                acc[m][v] = I::fma(I::add(sums[0][m][v], sums[1][m][v]), s, acc[m][v]);
             }
         }
     }
@@ -117,7 +121,8 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
         let at = row + v * I::LANES;
         let factor = I::load(base.cast::<f32>().add(at));
         for m in 0..M {
-            let mut y = I::mul(acc[m][v], factor);
+            let y = if F::SCALED { I::mul(acc[m][v], I::splat(heads[m])) } else { acc[m][v] };
+            let mut y = I::mul(y, factor);
             if shape.bias {
                 y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
             }
@@ -126,6 +131,9 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
     }
 }
 
+/// Adds a step to the sums over even and over odd columns: two chains of dependent operations hide more latency than one.
+/// Each output sees the same operations in the same order whatever M and V are.
+///
 /// # Safety
 ///
 /// As for [`tile`]; `p` is a step and each of `x` can be read for `STEP` elements.
@@ -136,52 +144,25 @@ unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
     row: usize,
     zeros: &[I::V; V],
     x: &[*const f32; M],
-    sum: &mut [[I::V; V]; M],
+    sums: &mut [[[I::V; V]; M]; 2],
 ) {
-    // Long steps are summed on their own and then added, which leaves one addition per step in the chain of
-    // dependent operations. Each output sees the same operations in the same order whatever M and V are.
-    let local = F::STEP > 2;
-    let mut s = *sum;
     let mut w = [[zeros[0]; 4]; V];
     for v in 0..V {
         F::decode::<I>(p, row + v * I::LANES, &mut w[v]);
-        for k in 0..F::STEP {
-            if F::ZERO {
+        if F::ZERO {
+            for k in 0..F::STEP {
                 w[v][k] = I::sub(w[v][k], zeros[v]);
             }
-            // A single token uses each value once, right here, before it could leave its register.
-            if M == 1 {
-                let x = I::splat(x[0].add(k).read());
-                s[0][v] = term::<I>(local && k == 0, w[v][k], x, s[0][v]);
+        }
+    }
+    for k in 0..F::STEP {
+        for m in 0..M {
+            let x = I::splat(x[m].add(k).read());
+            for v in 0..V {
+                sums[k % 2][m][v] = I::fma(w[v][k], x, sums[k % 2][m][v]);
             }
         }
     }
-    if M > 1 {
-        for k in 0..F::STEP {
-            for m in 0..M {
-                let x = I::splat(x[m].add(k).read());
-                for v in 0..V {
-                    s[m][v] = term::<I>(local && k == 0, w[v][k], x, s[m][v]);
-                }
-            }
-        }
-    }
-    for m in 0..M {
-        for v in 0..V {
-            sum[m][v] = if local { I::add(sum[m][v], s[m][v]) } else { s[m][v] };
-        }
-    }
-}
-
-/// w * x, added to s unless it is the first of a sum.
-///
-/// # Safety
-///
-/// As for [`Isa`].
-#[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn)]
-unsafe fn term<I: Isa>(first: bool, w: I::V, x: I::V, s: I::V) -> I::V {
-    if first { I::mul(w, x) } else { I::fma(w, x, s) }
 }
 
 /// # Safety
@@ -191,22 +172,31 @@ unsafe fn term<I: Isa>(first: bool, w: I::V, x: I::V, s: I::V) -> I::V {
 #[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn panel<I: Isa, F: Format>(job: &mut Job<'_>) {
     let tokens = job.x.len();
-    if tokens == 1 {
-        if I::LANES == 16 {
-            return tile::<I, F, 1, 2>(job, 0, 0);
-        }
-        return tile::<I, F, 1, 4>(job, 0, 0);
-    }
     let mut t = 0;
+    if I::LANES == 16 {
+        // Up to 24 sums in 32 registers.
+        while t < tokens {
+            // Tiles of nearly the same size: few tokens for a weight leave the arithmetic idle while it is decoded.
+            let m = (tokens - t).div_ceil((tokens - t).div_ceil(6));
+            match m {
+                1 => tile::<I, F, 1, 2>(job, t, 0),
+                2 => tile::<I, F, 2, 2>(job, t, 0),
+                3 => tile::<I, F, 3, 2>(job, t, 0),
+                4 => tile::<I, F, 4, 2>(job, t, 0),
+                5 => tile::<I, F, 5, 2>(job, t, 0),
+                _ => tile::<I, F, 6, 2>(job, t, 0),
+            }
+            t += m;
+        }
+        return;
+    }
     while t < tokens {
-        let m = (tokens - t).min(4);
+        let m = (tokens - t).min(2);
         let mut row = 0;
         while row < PANEL {
             match m {
                 1 => tile::<I, F, 1, 2>(job, t, row),
-                2 => tile::<I, F, 2, 2>(job, t, row),
-                3 => tile::<I, F, 3, 2>(job, t, row),
-                _ => tile::<I, F, 4, 2>(job, t, row),
+                _ => tile::<I, F, 2, 2>(job, t, row),
             }
             row += 2 * I::LANES;
         }
@@ -222,6 +212,7 @@ macro_rules! entries {
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn entry<F: Format>(job: &mut Job<'_>) {
+                let _subnormals = F::SCALED.then(scaled::Subnormals::on);
                 panel::<$isa, F>(job)
             }
 
@@ -258,6 +249,11 @@ macro_rules! entries {
             pub(super) unsafe fn fix(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
                 fixed::row(x, order, group, out)
             }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn scale(x: &[f32], order: Option<&[u32]>, _: usize, out: &mut [f32]) {
+                scaled::row(x, order, out)
+            }
         }
     };
 }
@@ -266,7 +262,13 @@ entries!(on_portable, Portable);
 #[cfg(target_arch = "x86_64")]
 entries!(on_avx2, super::super::isa::avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-entries!(on_avx512, super::super::isa::avx512::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+entries!(on_avx512, super::super::isa::avx512::Avx512<false>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+entries!(
+    on_avx512_vnni,
+    super::super::isa::avx512::Avx512<true>,
+    "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+);
 
 /// The kernel of a code and an instruction set.
 pub(super) fn kernel(isa: CpuIsa, code: Code) -> PanelFn {
@@ -275,6 +277,8 @@ pub(super) fn kernel(isa: CpuIsa, code: Code) -> PanelFn {
         CpuIsa::Avx2 => on_avx2::kernel(code),
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::kernel(code),
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Vnni => on_avx512_vnni::kernel(code),
         _ => on_portable::kernel(code),
     }
 }
@@ -286,17 +290,26 @@ pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
         CpuIsa::Avx2 => on_avx2::activate,
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::activate,
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Vnni => on_avx512_vnni::activate,
         _ => on_portable::activate,
     }
 }
 
-/// The conversion to fixed point of an instruction set.
-pub(super) fn fix(isa: CpuIsa) -> FixFn {
+/// How an instruction set brings rows into a form; for the plain form, never called.
+pub(super) fn form(isa: CpuIsa, form: Form) -> FixFn {
+    macro_rules! pick {
+        ($module:ident) => {
+            if form == Form::Scaled { $module::scale } else { $module::fix }
+        };
+    }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx2 => on_avx2::fix,
+        CpuIsa::Avx2 => pick!(on_avx2),
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512 => on_avx512::fix,
-        _ => on_portable::fix,
+        CpuIsa::Avx512 => pick!(on_avx512),
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Vnni => pick!(on_avx512_vnni),
+        _ => pick!(on_portable),
     }
 }

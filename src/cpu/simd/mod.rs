@@ -2,7 +2,11 @@
 //!
 //! Weight-only and exact: activations and sums are float32. See `format` for the layout and `kernel` for the loop.
 //! With 4-bit weights products are integer ones, activations being brought into a fixed-point form that is as good as
-//! exact: see `fixed` for the form and `nibble` for the loop.
+//! exact: see `fixed` for the form and `nibble` for the loop. E4m3 weights take activations multiplied by a power of
+//! two: see `scaled`.
+//!
+//! A token's bits depend on its inputs, the weights and the instruction set, not on the batch or on threads; with 4-bit
+//! weights not on the instruction set either.
 
 mod codes;
 mod fixed;
@@ -13,6 +17,7 @@ mod math;
 mod nibble;
 mod pack;
 mod run;
+mod scaled;
 #[cfg(test)]
 mod tests;
 
@@ -69,6 +74,8 @@ pub enum PackError {
 struct Projection {
     shape: Shape,
     kernel: kernel::PanelFn,
+    /// Brings rows into the form of the shape's code.
+    form: kernel::FixFn,
 }
 
 /// The order of an expert's columns where the checkpoint permuted them.
@@ -95,7 +102,6 @@ pub struct SimdExperts {
     expert_bytes: usize,
     activation: Activation,
     activate: kernel::ActivateFn,
-    fix: kernel::FixFn,
     isa: CpuIsa,
 }
 
@@ -140,7 +146,6 @@ impl SimdExperts {
             expert_bytes,
             activation,
             activate: kernel::activation(isa),
-            fix: kernel::fix(isa),
             isa,
         })
     }
@@ -163,7 +168,8 @@ fn projection(
         }
     }
     let Some(shape) = shape else { return Err(PackError::Unsupported("a layer without experts".into())) };
-    Ok(Projection { shape, kernel: kernel::kernel(isa, shape.code) })
+    let form = kernel::form(isa, shape.code.form());
+    Ok(Projection { shape, kernel: kernel::kernel(isa, shape.code), form })
 }
 
 fn orders(expert: &ExpertWeights) -> Orders {

@@ -43,14 +43,14 @@ impl Scratch {
 /// Everything in scratch, in this order. What is not needed has rows of no elements.
 #[derive(Clone, Copy)]
 struct Parts {
-    /// Up's inputs, in its packed order or its fixed-point form.
+    /// Up's inputs, in its packed order or form.
     up: Scratch,
     /// The same of gate, unless it reads up's.
     gate: Scratch,
     /// The activation's results, in down's packed order.
     mid: Scratch,
-    /// Their fixed-point form.
-    fixed_mid: Scratch,
+    /// Their form, where down reads one.
+    formed_mid: Scratch,
 }
 
 /// Elements of work that are not worth waking other threads for.
@@ -89,20 +89,16 @@ impl SimdExperts {
 
     /// Elements of a row of scratch for a first projection's inputs.
     fn input_len(&self, p: &Projection) -> usize {
-        match p.shape.code.fixed() {
-            true => p.shape.fixed_len(),
-            false if self.permuted => padded(self.hidden()),
-            false => 0,
+        match p.shape.form_len() {
+            0 if self.permuted => padded(self.hidden()),
+            len => len,
         }
     }
 
     /// Whether gate reads the inputs that up reads.
     fn shared_input(&self) -> bool {
-        let fixed_alike = |g: &Projection| {
-            let (g, u) = (&g.shape, &self.up.shape);
-            g.code.fixed() && u.code.fixed() && g.group == u.group
-        };
-        !self.permuted && self.gate.as_ref().is_some_and(fixed_alike)
+        let alike = |g: &Projection| g.shape.form_len() > 0 && g.shape.form_like(&self.up.shape);
+        !self.permuted && self.gate.as_ref().is_some_and(alike)
     }
 
     /// Elements per row of each part of scratch.
@@ -111,17 +107,17 @@ impl SimdExperts {
             Some(g) if !self.shared_input() => self.input_len(g),
             _ => 0,
         };
-        [self.input_len(&self.up), gate, padded(self.intermediate()), self.down.shape.fixed_len()]
+        [self.input_len(&self.up), gate, padded(self.intermediate()), self.down.shape.form_len()]
     }
 
     fn parts(&self, assignments: usize, scratch: &mut [f32]) -> Parts {
         let mut rest = scratch.as_mut_ptr();
-        let [up, gate, mid, fixed_mid] = self.strides().map(|stride| {
+        let [up, gate, mid, formed_mid] = self.strides().map(|stride| {
             let part = Scratch { rows: Shared(rest), stride };
             rest = rest.wrapping_add(assignments * stride);
             part
         });
-        Parts { up, gate, mid, fixed_mid }
+        Parts { up, gate, mid, formed_mid }
     }
 
     /// The assignment whose rows of scratch hold the inputs of assignment `a`: that of a token that all share, as in
@@ -131,7 +127,7 @@ impl SimdExperts {
         if alike { 0 } else { a }
     }
 
-    /// Brings the input of an assignment into the orders of its expert's columns, and into fixed point.
+    /// Brings the input of an assignment into the orders of its expert's columns, and into the forms that kernels read.
     fn prepare(&self, call: &ExpertsCall<'_>, a: usize, parts: &Parts) {
         if self.input_of(call, a) != a {
             return;
@@ -142,8 +138,8 @@ impl SimdExperts {
         let gate = self.gate.as_ref().filter(|_| !self.shared_input());
         let first = [gate.map(|g| (g, &orders.gate, parts.gate)), Some((&self.up, &orders.up, parts.up))];
         for (p, order, to) in first.into_iter().flatten() {
-            let fixed = p.shape.code.fixed();
-            if !fixed && order.is_none() {
+            let formed = p.shape.form_len() > 0;
+            if !formed && order.is_none() {
                 continue;
             }
             // SAFETY: `strides` gave scratch rows of so many elements per assignment, `check` saw that it is so large,
@@ -151,37 +147,37 @@ impl SimdExperts {
             let row = unsafe { std::slice::from_raw_parts_mut(to.row(a), to.stride) };
             match order {
                 // SAFETY: `new` checked the instruction set.
-                _ if fixed => unsafe { (self.fix)(input, order.as_deref(), p.shape.group, row) },
+                _ if formed => unsafe { (p.form)(input, order.as_deref(), p.shape.group, row) },
                 Some(order) => row.iter_mut().zip(order).for_each(|(x, c)| *x = input[*c as usize]),
                 None => {}
             }
         }
     }
 
-    /// Brings the activation's results of an assignment into fixed point.
-    fn fix_mid(&self, a: usize, parts: &Parts) {
+    /// Brings the activation's results of an assignment into the form that down reads.
+    fn form_mid(&self, a: usize, parts: &Parts) {
         // SAFETY: the first phase wrote all I elements of this row of scratch and nobody writes them in this one.
         let mid = unsafe { std::slice::from_raw_parts(parts.mid.row(a), self.intermediate()) };
         // SAFETY: as in `prepare`.
-        let row = unsafe { std::slice::from_raw_parts_mut(parts.fixed_mid.row(a), parts.fixed_mid.stride) };
+        let row = unsafe { std::slice::from_raw_parts_mut(parts.formed_mid.row(a), parts.formed_mid.stride) };
         // SAFETY: `new` checked the instruction set.
-        unsafe { (self.fix)(mid, None, self.down.shape.group, row) };
+        unsafe { (self.down.form)(mid, None, self.down.shape.group, row) };
     }
 
-    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment.
-    fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
+    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment, N at a time.
+    fn first<const N: usize>(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
         let expert = segment.expert as usize;
         let orders = &self.orders[expert];
         let (gate_panel, up_panel) = self.panels(expert, panel, false);
         let rows = PANEL.min(self.intermediate() - panel * PANEL);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let (mut gate, mut up) = ([[0f32; PANEL]; CHUNK], [[0f32; PANEL]; CHUNK]);
-        for at in (start..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - at);
+        let (mut gate, mut up) = ([[0f32; PANEL]; N], [[0f32; PANEL]; N]);
+        for at in (start..end).step_by(N) {
+            let n = N.min(end - at);
             let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
-                let mut x = [std::ptr::null::<f32>(); CHUNK];
+                let mut x = [std::ptr::null::<f32>(); N];
                 for (i, a) in call.assignments[at..at + n].iter().enumerate() {
-                    x[i] = match p.shape.code.fixed() || order.is_some() {
+                    x[i] = match p.shape.form_len() > 0 || order.is_some() {
                         true => from.row(self.input_of(call, at + i)),
                         false => call.input[a.input_row as usize * call.input_stride..].as_ptr(),
                     };
@@ -191,7 +187,7 @@ impl SimdExperts {
             if let Some(g) = &self.gate {
                 let x = input(g, &orders.gate, if self.shared_input() { parts.up } else { parts.gate });
                 // SAFETY: `x` holds rows of the input, whose stride is at least H, or of scratch, whose rows were
-                // written by `prepare` before this phase: for all H columns, or with the whole fixed-point form.
+                // written by `prepare` before this phase: for all H columns, or with the whole form.
                 unsafe { multiply(g, gate_panel, &x[..n], &mut gate[..n]) };
             }
             let x = input(&self.up, &orders.up, parts.up);
@@ -214,22 +210,29 @@ impl SimdExperts {
         }
     }
 
-    /// Rows `panel * 32 ..` of down, for the assignments of a segment.
-    fn second(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts, output: Shared) {
+    /// Rows `panel * 32 ..` of down, for the assignments of a segment, N at a time.
+    fn second<const N: usize>(
+        &self,
+        call: &ExpertsCall<'_>,
+        segment: &Segment,
+        panel: usize,
+        parts: &Parts,
+        output: Shared,
+    ) {
         let (_, bytes) = self.panels(segment.expert as usize, panel, true);
         let hidden = self.hidden();
-        let from = if self.down.shape.code.fixed() { parts.fixed_mid } else { parts.mid };
+        let from = if self.down.shape.form_len() > 0 { parts.formed_mid } else { parts.mid };
         let rows = PANEL.min(hidden - panel * PANEL);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let mut out = [[0f32; PANEL]; CHUNK];
-        for at in (start..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - at);
-            let mut x = [std::ptr::null::<f32>(); CHUNK];
+        let mut out = [[0f32; PANEL]; N];
+        for at in (start..end).step_by(N) {
+            let n = N.min(end - at);
+            let mut x = [std::ptr::null::<f32>(); N];
             for (i, x) in x[..n].iter_mut().enumerate() {
                 *x = from.row(at + i);
             }
             // SAFETY: `x` holds rows of scratch, of which the phases before wrote all I columns or the whole
-            // fixed-point form, and which nobody writes in this phase.
+            // form, and which nobody writes in this phase.
             unsafe { multiply(&self.down, bytes, &x[..n], &mut out[..n]) };
             for (a, out) in call.assignments[at..at + n].iter().zip(&out) {
                 write_row(output.row(a.output_row as usize, hidden).wrapping_add(panel * PANEL), &out[..rows]);
@@ -283,14 +286,23 @@ impl Experts for SimdExperts {
         }
         let panels = self.up.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
-            self.first(&call, &call.segments[i / panels], i % panels, &parts);
+            let segment = &call.segments[i / panels];
+            // A lone token needs no room for more.
+            match segment.len {
+                1 => self.first::<1>(&call, segment, i % panels, &parts),
+                _ => self.first::<CHUNK>(&call, segment, i % panels, &parts),
+            }
         });
-        if parts.fixed_mid.stride > 0 {
-            rows(self.intermediate(), &|a| self.fix_mid(a, &parts));
+        if parts.formed_mid.stride > 0 {
+            rows(self.intermediate(), &|a| self.form_mid(a, &parts));
         }
         let panels = self.down.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
-            self.second(&call, &call.segments[i / panels], i % panels, &parts, output);
+            let segment = &call.segments[i / panels];
+            match segment.len {
+                1 => self.second::<1>(&call, segment, i % panels, &parts, output),
+                _ => self.second::<CHUNK>(&call, segment, i % panels, &parts, output),
+            }
         });
     }
 

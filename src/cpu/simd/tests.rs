@@ -1,6 +1,7 @@
 //! Packed experts against float64 over [`WeightMatrix::value`], and bit-equality of batches and thread counts.
 
 mod nibbles;
+mod scaled_rows;
 
 use super::*;
 use crate::cpu::{Assignment, Experts, ExpertsCall, Segment, SingleThread, ThreadPool, padded};
@@ -195,7 +196,7 @@ fn check(kind: Kind, hidden: usize, inter: usize, activation: Activation, bias: 
             expected(&weights.experts[e], activation, &x[r as usize * stride..][..hidden])
         })
         .collect();
-    for isa in [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512] {
+    for isa in CpuIsa::ALL {
         if isa > CpuIsa::detect() {
             continue;
         }
@@ -311,7 +312,7 @@ fn exponential_is_accurate_and_never_nan() {
 #[test]
 fn every_code_decodes_exactly() {
     // One weight per row and an input of 1: the result of up is the weight itself, then relu2 squares it.
-    for isa in [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512] {
+    for isa in CpuIsa::ALL {
         if isa > CpuIsa::detect() {
             continue;
         }
@@ -329,7 +330,8 @@ fn every_code_decodes_exactly() {
             let mut bytes = vec![0; shape.panel_bytes()];
             pack::panel(&up, &shape, None, None, panel, &mut bytes);
             let mut out = [[0f32; format::PANEL]];
-            let x = [1f32];
+            // The scaled form of 1: 2^119 and what it takes back to 2^120.
+            let x = [2f32, 2f32.powi(119)];
             // SAFETY: the instruction set was checked, the panel packed for the shape, x and out have one row.
             unsafe {
                 kernel::kernel(isa, shape.code)(&mut kernel::Job {

@@ -88,10 +88,11 @@ impl Bounds {
 
     fn line(&self) -> String {
         match self {
-            Bounds::Cpu(l) => format!(
-                "limits with {} threads: {:.1} GB/s read, {:.0} GFLOP/s float32",
-                l.threads, l.read_gbps, l.f32_gflops
-            ),
+            Bounds::Cpu(l) => {
+                let vnni = l.int8_gops.map_or(String::new(), |peak| format!(", {peak:.0} GOP/s int8 (VNNI)"));
+                let (threads, read, f32s) = (l.threads, l.read_gbps, l.f32_gflops);
+                format!("limits with {threads} threads: {read:.1} GB/s read, {f32s:.0} GFLOP/s float32{vnni}")
+            }
             Bounds::Gpu(l) => {
                 let read = match l.read_from {
                     "measured" => format!("{:.0} GB/s read (measured)", l.read_gbps),
@@ -137,9 +138,30 @@ pub struct Row {
     pub gbps: f64,
     /// Operations over the time.
     pub gflops: f64,
+    /// What only a CPU's row has.
+    #[serde(flatten)]
+    pub shares: Option<Shares>,
     /// What only a GPU's row has.
     #[serde(flatten)]
     pub gpu: Option<GpuRow>,
+}
+
+/// Shares of what the processor did at best in the same run.
+#[derive(Serialize)]
+pub struct Shares {
+    /// Of the bytes read per time.
+    pub read_share: f64,
+    /// Of the float32 operations per time. Kernels that multiply integers can be beyond 1.
+    pub f32_share: f64,
+    /// Of the byte operations per time, where the processor has VNNI.
+    pub int8_share: Option<f64>,
+}
+
+impl Shares {
+    fn of(limits: &Limits, gbps: f64, gflops: f64) -> Self {
+        let (read_share, f32_share) = (rounded(gbps / limits.read_gbps), rounded(gflops / limits.f32_gflops));
+        Self { read_share, f32_share, int8_share: limits.int8_gops.map(|peak| rounded(gflops / peak)) }
+    }
 }
 
 /// The fields of a GPU's row beside the common ones.
@@ -194,6 +216,11 @@ impl Row {
         let flops = (2 * timed.tokens * preset.topk * matrices * preset.hidden * preset.intermediate) as f64;
         let floor_us = bounds.floor_us(bytes, flops);
         let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
+        let (gbps, gflops) = (bytes / timed.us / 1e3, flops / timed.us / 1e3);
+        let shares = match bounds {
+            Bounds::Cpu(limits) => Some(Shares::of(limits, gbps, gflops)),
+            Bounds::Gpu(_) => None,
+        };
         Self {
             preset: preset.name,
             scheme: format.name,
@@ -207,8 +234,9 @@ impl Row {
             us: rounded(timed.us),
             floor_us: rounded(floor_us),
             ratio: rounded(timed.us / floor_us),
-            gbps: rounded(bytes / timed.us / 1e3),
-            gflops: rounded(flops / timed.us / 1e3),
+            gbps: rounded(gbps),
+            gflops: rounded(gflops),
+            shares,
             gpu,
         }
     }
@@ -234,13 +262,19 @@ pub fn print(out: &mut Out, presets: &[&Preset], report: &Report, notes: &[Strin
         ))?;
         let rows = || report.rows.iter().filter(|r| r.preset == p.name);
         out.line(match report.limits {
-            Bounds::Cpu(_) => format!("{COMMON_TITLE} {:>9}", "GFLOP/s"),
+            Bounds::Cpu(_) => format!("{COMMON_TITLE} {:>9} {:>6} {:>6} {:>6}", "GFLOP/s", "read", "f32", "int8"),
             Bounds::Gpu(_) => format!(
                 "{COMMON_TITLE} {:>8} {:>8} {:>6} {:>6} {:>6} {:>10} {:>9} {:>5}  peer",
                 "TFLOP/s", "host us", "calls", "copies", "warm", "workspace", "peer us", "ours/"
             ),
         })?;
         rows().try_for_each(|r| out.line(r.line()))?;
+    }
+    if matches!(report.limits, Bounds::Cpu(_)) {
+        out.line("")?;
+        out.line(
+            "read, f32, int8: shares of the limits above; kernels that multiply integers can be beyond the float32 one",
+        )?;
     }
     if matches!(report.limits, Bounds::Gpu(_)) {
         out.line("")?;
@@ -275,7 +309,14 @@ impl Row {
             "{:<12} {:<14} {:>6} {:>8.1} {:>12.1} {:>12.1} {:>7.2} {:>8.1}",
             r.scheme, r.backend, r.tokens, r.distinct_experts, r.us, r.floor_us, r.ratio, r.gbps
         );
-        let Some(g) = &r.gpu else { return format!("{common} {:>9.1}", r.gflops) };
+        let percent = |share: f64| format!("{:>5.0}%", 100.0 * share);
+        let Some(g) = &r.gpu else {
+            let shares = r.shares.as_ref().map_or(String::new(), |s| {
+                let int8 = s.int8_share.map_or(format!("{:>6}", "-"), percent);
+                format!(" {} {} {int8}", percent(s.read_share), percent(s.f32_share))
+            });
+            return format!("{common} {:>9.1}{shares}", r.gflops);
+        };
         let ours = format!(
             "{common} {:>8.1} {:>8.1} {:>6} {:>6} {:>5.0}% {:>10}",
             r.gflops / 1e3,
@@ -342,5 +383,15 @@ mod tests {
         assert_eq!((&json["device"], &json["host_us"], &json["peer"]), (&"cuda:0".into(), &7.0.into(), &"p".into()));
         let plain = serde_json::to_value(Row::new(&served, &gpu(None), timed(), None)).unwrap();
         assert!(plain.get("host_us").is_none() && plain.get("gpu").is_none());
+    }
+
+    #[test]
+    fn a_processors_row_has_its_shares_of_the_limits() {
+        let limits = |int8_gops| Limits { threads: 1, read_gbps: 20.0, f32_gflops: 100.0, int8_gops };
+        let shares = Shares::of(&limits(Some(400.0)), 15.0, 120.0);
+        assert_eq!((shares.read_share, shares.f32_share, shares.int8_share), (0.75, 1.2, Some(0.3)));
+        assert_eq!(Shares::of(&limits(None), 15.0, 120.0).int8_share, None);
+        assert!(Bounds::Cpu(limits(Some(400.0))).line().ends_with(", 400 GOP/s int8 (VNNI)"));
+        assert!(Bounds::Cpu(limits(None)).line().ends_with(" 100 GFLOP/s float32"));
     }
 }

@@ -2,7 +2,7 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::{E2M1_BYTES, E4M3_BYTES, Isa, anew};
+use super::{E2M1_BYTES, Isa, anew};
 use std::arch::x86_64::*;
 
 /// 256-bit vectors.
@@ -78,16 +78,10 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn e4m3x4(p: *const u8) -> [__m256; 4] {
         let b = _mm256_loadu_si256(p.cast());
-        let top = _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(0xf));
-        // From 0x80 on, that is for codes from 16 on, a look-up by this gives 0.
-        let small = _mm256_add_epi8(_mm256_and_si256(b, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(0x70));
-        let hi = _mm256_or_si256(
-            _mm256_shuffle_epi8(table(&E4M3_BYTES.high), top),
-            _mm256_shuffle_epi8(table(&E4M3_BYTES.small_high), small),
-        );
-        let lo = _mm256_and_si256(_mm256_slli_epi16(b, 4), _mm256_set1_epi8(0xf0_u8 as i8));
-        let lo = _mm256_xor_si256(lo, _mm256_shuffle_epi8(table(&E4M3_BYTES.small_low), small));
-        pairs(lo, hi)
+        // In every 16 bits: the sign where it was, exponent and mantissa in the low bits of bf16's.
+        let odd = _mm256_srai_epi16(b, 4);
+        let even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 4);
+        [float(_mm256_slli_epi32(even, 16)), float(_mm256_slli_epi32(odd, 16)), float(even), float(odd)]
     }
     #[inline(always)]
     unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> __m256i {
@@ -157,10 +151,8 @@ unsafe fn halves(v: __m256i) -> (__m256, __m256) {
     (_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(high))
 }
 
-/// Low and high bytes of bf16 values, 4 rows by 4 columns in every 16, to float32 by column.
+/// Of the high half of every dword, the bits that an e4m3 code's are moved to.
 #[inline(always)]
-unsafe fn pairs(lo: __m256i, hi: __m256i) -> [__m256; 4] {
-    let (k0, k1) = halves(_mm256_unpacklo_epi8(lo, hi));
-    let (k2, k3) = halves(_mm256_unpackhi_epi8(lo, hi));
-    [k0, k1, k2, k3]
+unsafe fn float(v: __m256i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0x87f0_0000_u32 as i32)))
 }

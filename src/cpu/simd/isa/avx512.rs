@@ -1,15 +1,15 @@
-//! Sixteen lanes with AVX-512 F and BW.
+//! Sixteen lanes with AVX-512 F and BW, and with VNNI where there is that.
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::{E2M1_BYTES, E4M3_BYTES, Isa, anew};
+use super::{E2M1_BYTES, Isa, anew};
 use std::arch::x86_64::*;
 
-/// 512-bit vectors.
+/// 512-bit vectors; whether the processor has VNNI too.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx512;
+pub(in super::super) struct Avx512<const VNNI: bool>;
 
-impl Isa for Avx512 {
+impl<const VNNI: bool> Isa for Avx512<VNNI> {
     const LANES: usize = 16;
     type V = __m512;
     type Bytes = __m512i;
@@ -78,16 +78,10 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn e4m3x4(p: *const u8) -> [__m512; 4] {
         let b = _mm512_loadu_si512(p.cast());
-        let top = _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(0xf));
-        // From 0x80 on, that is for codes from 16 on, a look-up by this gives 0.
-        let small = _mm512_add_epi8(_mm512_and_si512(b, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(0x70));
-        let hi = _mm512_or_si512(
-            _mm512_shuffle_epi8(table(&E4M3_BYTES.high), top),
-            _mm512_shuffle_epi8(table(&E4M3_BYTES.small_high), small),
-        );
-        let lo = _mm512_and_si512(_mm512_slli_epi16(b, 4), _mm512_set1_epi8(0xf0_u8 as i8));
-        let lo = _mm512_xor_si512(lo, _mm512_shuffle_epi8(table(&E4M3_BYTES.small_low), small));
-        pairs(lo, hi)
+        // In every 16 bits: the sign where it was, exponent and mantissa in the low bits of bf16's.
+        let odd = _mm512_srai_epi16(b, 4);
+        let even = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 4);
+        [float(_mm512_slli_epi32(even, 16)), float(_mm512_slli_epi32(odd, 16)), float(even), float(odd)]
     }
     #[inline(always)]
     unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> __m512i {
@@ -109,10 +103,17 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     unsafe fn add_products(sums: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
-        _mm512_add_epi16(sums, _mm512_maddubs_epi16(unsigned, signed))
+        match VNNI {
+            true => _mm512_dpbusd_epi32(sums, unsigned, signed),
+            false => _mm512_add_epi16(sums, _mm512_maddubs_epi16(unsigned, signed)),
+        }
     }
     #[inline(always)]
     unsafe fn total([p2, p1, p0]: [__m512i; 3]) -> __m512i {
+        if VNNI {
+            let high = _mm512_add_epi32(_mm512_slli_epi32::<7>(p2), p1);
+            return _mm512_add_epi32(_mm512_slli_epi32::<7>(high), p0);
+        }
         let p2 = _mm512_madd_epi16(p2, _mm512_set1_epi16(1 << 14));
         let p1 = _mm512_madd_epi16(p1, _mm512_set1_epi16(1 << 7));
         let p0 = _mm512_madd_epi16(p0, _mm512_set1_epi16(1));
@@ -157,10 +158,8 @@ unsafe fn halves(v: __m512i) -> (__m512, __m512) {
     (_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_castsi512_ps(high))
 }
 
-/// Low and high bytes of bf16 values, 4 rows by 4 columns in every 16, to float32 by column.
+/// Of the high half of every dword, the bits that an e4m3 code's are moved to.
 #[inline(always)]
-unsafe fn pairs(lo: __m512i, hi: __m512i) -> [__m512; 4] {
-    let (k0, k1) = halves(_mm512_unpacklo_epi8(lo, hi));
-    let (k2, k3) = halves(_mm512_unpackhi_epi8(lo, hi));
-    [k0, k1, k2, k3]
+unsafe fn float(v: __m512i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0x87f0_0000_u32 as i32)))
 }

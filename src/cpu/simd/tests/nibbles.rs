@@ -12,7 +12,7 @@ const FOUR_BIT: [Kind; 6] = [
 ];
 
 fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
-    [CpuIsa::Portable, CpuIsa::Avx2, CpuIsa::Avx512].into_iter().filter(|isa| *isa <= CpuIsa::detect())
+    CpuIsa::ALL.into_iter().filter(|isa| *isa <= CpuIsa::detect())
 }
 
 /// The form of a row, read back as its module documents it: values, and the scale of each one's block.
@@ -46,7 +46,7 @@ fn read_back(form: &[f32], cols: usize, group: usize) -> Vec<(f64, f64)> {
 fn form(x: &[f32], order: Option<&[u32]>, group: usize, isa: CpuIsa) -> Vec<f32> {
     let mut out = vec![f32::NAN; fixed::len(x.len(), group)];
     // SAFETY: only detected instruction sets come here.
-    unsafe { kernel::fix(isa)(x, order, group, &mut out) };
+    unsafe { kernel::form(isa, format::Form::Fixed)(x, order, group, &mut out) };
     out
 }
 
