@@ -159,13 +159,19 @@ fn bench_writes_rows_and_a_plot() {
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 24);
     for row in rows {
-        let want = "preset scheme weight_key activation_key backend device threads tokens distinct_experts us floor_us ratio gbps gflops";
+        let want = "preset scheme weight_key activation_key backend device threads tokens distinct_experts us floor_us ratio gbps gflops \
+                    read_share f32_share int8_share";
         assert_eq!(keys(row), want.split(' ').map(String::from).collect(), "{row}");
         assert_eq!((&row["backend"], &row["threads"]), (&Value::from("cpu_reference"), &Value::from(2)));
+        // Null where the processor has no VNNI.
+        assert!(row["int8_share"].is_null() || row["int8_share"].as_f64().unwrap() > 0.0, "{row}");
         // One token uses exactly its two experts; eight use at most the eight that there are.
         let distinct = row["distinct_experts"].as_f64().unwrap();
         assert!(if row["tokens"] == 1 { distinct == 2.0 } else { distinct > 2.0 && distinct <= 8.0 }, "{row}");
-        assert!(["us", "floor_us", "ratio"].iter().all(|k| row[k].as_f64().unwrap() > 0.0), "{row}");
+        assert!(
+            ["us", "floor_us", "ratio", "read_share", "f32_share"].iter().all(|k| row[k].as_f64().unwrap() > 0.0),
+            "{row}"
+        );
     }
     let svg = std::fs::read_to_string(plot).unwrap();
     assert!(svg.starts_with("<svg") && svg.contains("tokens per call") && svg.contains("fp8-block"), "{svg}");
