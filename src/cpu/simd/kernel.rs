@@ -131,7 +131,8 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
     }
 }
 
-/// Adds a step to the sums over even and over odd columns: two chains of dependent operations hide more latency than one.
+/// Adds a step to the sums: with sixteen lanes those over even and those over odd columns, for two chains of dependent
+/// operations hide more latency than one; with fewer lanes, whose vectors are more and registers fewer, to the first.
 /// Each output sees the same operations in the same order whatever M and V are.
 ///
 /// # Safety
@@ -146,6 +147,7 @@ unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
     x: &[*const f32; M],
     sums: &mut [[[I::V; V]; M]; 2],
 ) {
+    let chain = |k: usize| if I::LANES == 16 { k % 2 } else { 0 };
     let mut w = [[zeros[0]; 4]; V];
     for v in 0..V {
         F::decode::<I>(p, row + v * I::LANES, &mut w[v]);
@@ -154,12 +156,22 @@ unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
                 w[v][k] = I::sub(w[v][k], zeros[v]);
             }
         }
+        // A single token uses each value once, right here, before it could leave its register.
+        if M == 1 {
+            for k in 0..F::STEP {
+                let c = chain(k);
+                sums[c][0][v] = I::fma(w[v][k], I::splat(x[0].add(k).read()), sums[c][0][v]);
+            }
+        }
+    }
+    if M == 1 {
+        return;
     }
     for k in 0..F::STEP {
         for m in 0..M {
             let x = I::splat(x[m].add(k).read());
             for v in 0..V {
-                sums[k % 2][m][v] = I::fma(w[v][k], x, sums[k % 2][m][v]);
+                sums[chain(k)][m][v] = I::fma(w[v][k], x, sums[chain(k)][m][v]);
             }
         }
     }
@@ -191,12 +203,17 @@ unsafe fn panel<I: Isa, F: Format>(job: &mut Job<'_>) {
         return;
     }
     while t < tokens {
-        let m = (tokens - t).min(2);
+        let m = (tokens - t).min(4);
+        if m == 1 {
+            // All rows at once: the panel is read in one go.
+            tile::<I, F, 1, 4>(job, t, 0);
+        }
         let mut row = 0;
-        while row < PANEL {
+        while m > 1 && row < PANEL {
             match m {
-                1 => tile::<I, F, 1, 2>(job, t, row),
-                _ => tile::<I, F, 2, 2>(job, t, row),
+                2 => tile::<I, F, 2, 2>(job, t, row),
+                3 => tile::<I, F, 3, 2>(job, t, row),
+                _ => tile::<I, F, 4, 2>(job, t, row),
             }
             row += 2 * I::LANES;
         }
