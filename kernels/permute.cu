@@ -3,7 +3,8 @@
 //
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, in whatever order within an
 // expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
-// experts, and fills the rest of the list, whose length the host knows only as a bound, with -1.
+// experts, and fills the rest of the list, whose length the host knows only as a bound, with -1. An expert's tiles are as
+// equal as multiples of kGranularity allow: a small one costs nearly as much as a large one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -20,6 +21,8 @@ constexpr int kThreads = 1024;
 constexpr int kMaxExperts = kThreads;
 // Ids that a thread has under way.
 constexpr int kAhead = 8;
+// Assignments that a tile's size is a multiple of, its expert's last tile aside.
+constexpr int kGranularity = 16;
 
 struct PlanParams {
     const int* ids;     // [assignments], global, -1 for none
@@ -170,9 +173,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     const int2 before = sum_before(make_int2(count, tiles), all);
     const int start = p.counts != nullptr ? t * p.max_tokens : before.x;
     places[t] = before.x;
+    const int even = (count + tiles - 1) / max(tiles, 1);
+    const int each = min(p.tile, (even + kGranularity - 1) / kGranularity * kGranularity);
     for (int i = 0; i < tiles; i++) {
-        const int first = i * p.tile;
-        p.tiles[before.y + i] = make_int4(t, start + first, min(count - first, p.tile), i | tiles << 16);
+        p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
     }
     for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
     __syncthreads();

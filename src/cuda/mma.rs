@@ -12,9 +12,12 @@ use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 
-/// Stages of a ring at most, and where it begins; kernels/mma.cu has the same.
+/// Places of a ring at most, and where the first begins; kernels/mma/task.cuh has the same.
 const MAX_DEPTH: usize = 8;
-const RING_AT: usize = 16 * MAX_DEPTH;
+const RING_AT: usize = 32 * MAX_DEPTH;
+/// Warps of a block, and bytes of a token's row in a plane (a block of 64 columns).
+const WARPS: usize = 4;
+const ROW_BYTES: usize = 128;
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -46,14 +49,14 @@ impl Tile {
         ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
     }
 
-    /// Warps of a block; kernels/mma.cu has the same, and what follows.
-    const fn warps(self) -> usize {
-        [4, 4, 4, 8][self as usize]
+    /// Tokens of the tensor cores' kind: many; kernels/mma/task.cuh has the same, and what follows.
+    const fn wide(self) -> bool {
+        self.tokens() >= 64
     }
 
     /// Slabs of a block.
     const fn slabs(self) -> usize {
-        2 * self.warps()
+        [8, 8, 16, 8][self as usize]
     }
 
     /// Floats of a token's results in shared memory.
@@ -63,7 +66,7 @@ impl Tile {
 
     /// Blocks that a multiprocessor's registers hold.
     const fn resident(self) -> usize {
-        [6, 4, 3, 1][self as usize]
+        [6, 4, 2, 2][self as usize]
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
@@ -101,7 +104,8 @@ struct GemmParams {
     plane: i64,
     out_columns: i32,
     row_tiles: i32,
-    depth: i32,
+    depth: i16,
+    weights_depth: i16,
     kind: i32,
     scales: ScaleLayout,
     activation: Activation,
@@ -115,30 +119,48 @@ const FIRST: i32 = 0;
 const SECOND: i32 = 1;
 const BATCHED: i32 = 2;
 
-/// A block's ring in shared memory.
+/// A block's shared memory: a ring of stages, or, for many tokens, rings of token blocks and of weight stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ring {
     depth: usize,
+    weights_depth: usize,
     shared: usize,
 }
 
 impl Ring {
-    /// As many blocks to a multiprocessor as its registers and memory hold with three stages each, or with two; one more
-    /// stage in flight is worth more than one more block. `shared` bytes are what a block may have.
+    /// As many blocks to a multiprocessor as its registers and memory hold with rings deep enough; one more stage in flight
+    /// is worth more than one more block. `shared` bytes are what a block may have.
     fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
         let blocks = blocks(format);
-        let place =
-            tile.tokens() * blocks * 128 + tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
+        let tokens = tile.tokens() * ROW_BYTES;
+        let weights = tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
         let results = 4 * tile.pitch() * tile.tokens();
         let fit = |least: usize| {
             (1..=tile.resident()).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
-                let depth = (each.checked_sub(RING_AT)? / place).min(MAX_DEPTH);
-                let shared = RING_AT + (depth * place).max(results);
-                (depth >= least && shared <= each).then_some(Ring { depth, shared })
+                let (mut depth, mut weights_depth, mut used) = (0, 0, RING_AT);
+                if tile.wide() {
+                    // Whichever ring reaches less far ahead gets the next place.
+                    while depth.max(weights_depth) < MAX_DEPTH {
+                        let behind = depth > weights_depth * blocks;
+                        let more = if behind { weights } else { tokens };
+                        if used + more > each {
+                            break;
+                        }
+                        used += more;
+                        *if behind { &mut weights_depth } else { &mut depth } += 1;
+                    }
+                } else {
+                    let place = blocks * tokens + weights;
+                    depth = (each.checked_sub(RING_AT)? / place).min(MAX_DEPTH);
+                    weights_depth = depth;
+                    used += depth * place;
+                }
+                let shared = used.max(RING_AT + results);
+                (depth.min(weights_depth) >= least && shared <= each).then_some(Ring { depth, weights_depth, shared })
             })
         };
-        fit(3).or_else(|| fit(2))
+        if tile.wide() { fit(2) } else { fit(3).or_else(|| fit(2)) }
     }
 }
 
@@ -204,8 +226,7 @@ impl Mma {
         if kernels[0].is_none() {
             return Err(CudaError::Argument("this GPU has too little shared memory for cuda_mma"));
         }
-        let planes =
-            |columns: usize| Planes { count: columns.div_ceil(blocks(format)), row_bytes: 128 * blocks(format) };
+        let planes = |blocks: usize| Planes { count: blocks, row_bytes: ROW_BYTES };
         Ok(Self {
             kernels,
             permute: Permute::new(gpu, config)?,
@@ -332,7 +353,8 @@ impl Mma {
             tiles: call.tiles,
             // Those of both have rows of as many bytes.
             plane: (call.assignments * self.x.row_bytes) as i64,
-            depth: ring.depth as i32,
+            depth: ring.depth as i16,
+            weights_depth: ring.weights_depth as i16,
             scales: self.scales,
             activation: Activation::of(c.activation),
             ..bytemuck::Zeroable::zeroed()
@@ -358,7 +380,7 @@ impl Mma {
             let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs());
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
-            let launch = Launch::new(blocks as u32, 32 * tile.warps() as u32).shared(ring.shared as u32).overlap(true);
+            let launch = Launch::new(blocks as u32, 32 * WARPS as u32).shared(ring.shared as u32).overlap(true);
             // SAFETY: the kernel's only parameter; the rest is the caller's promise.
             unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)])? };
         }
@@ -411,22 +433,25 @@ mod tests {
 
     #[test]
     fn the_kernels_have_the_same_numbers() {
-        let source = include_str!("../../kernels/mma.cu");
+        let source = concat!(include_str!("../../kernels/mma.cu"), include_str!("../../kernels/mma/task.cuh"));
         for text in [
-            "kWarps = kN == 128 ? 8 : 4, kThreads = 32 * kWarps;",
-            "kSlabs = 2 * kWarps;",
+            "kWide = kN >= 64;",
+            "kWarps = 4, kThreads = 32 * kWarps;",
+            "kWarpColumns = kN == 128 ? 2 : 1;",
+            "kWarpSlabs = kWide ? 4 : 2;",
+            "kSlabs = kWarps / kWarpColumns * kWarpSlabs;",
             "kPitch = 16 * kSlabs + 4;",
-            "kMaxDepth = 8,",
-            "kRingAt = 16 * kMaxDepth;",
+            "kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;",
+            "kRowBytes = 2 * kBlock;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
         ] {
             assert!(source.contains(text), "{text}");
         }
         for tile in Tile::ALL {
-            let threads = 32 * tile.warps();
-            let bounds = format!("__launch_bounds__({threads}, {}) {}(", tile.resident(), tile.entry());
+            let bounds = format!("__launch_bounds__({}, {}) {}(", 32 * WARPS, tile.resident(), tile.entry());
             assert!(source.contains(&bounds), "{bounds}");
-            assert!(source.contains(&format!("moe::gemm<{}>(p)", tile.tokens())), "{tile:?}");
+            let kind = if tile.wide() { "wide" } else { "narrow" };
+            assert!(source.contains(&format!("moe::{kind}<{}>(p)", tile.tokens())), "{tile:?}");
         }
     }
 
