@@ -87,16 +87,26 @@ struct LayOutParams {
     const uint4* x;     // [tokens, eights]
     const int* rows;    // [rows] assignment of each row, or null for the batched format: as they lie
     const int* counts;  // batched format: [local experts]
-    char* planes;       // [planes][rows][16 * chunks], written; common/planes.cuh
+    char* planes;       // [planes][rows][moe::kRowBytes], written; common/planes.cuh
     int count;          // rows
     int topk, max_tokens;
     int eights;         // of 16 bytes, that a token has
-    int chunks, planes_count;
+    int planes_count;
+    int lift;           // multiply them, bf16, by 2^80
 };
 static_assert(sizeof(LayOutParams) == 56, "");
 
 // Warps of a block; 16-byte chunks of a row that a lane copies.
 constexpr int kLayOutWarps = 8, kEach = 4;
+// Chunks of a row in a plane.
+constexpr int kChunks = moe::kRowBytes / 16;
+
+// Eight bf16 times 2^80.
+__device__ __forceinline__ uint4 lifted(uint4 v) {
+    constexpr uint32_t kPair = 0x67806780u;
+    return make_uint4(moe::Bf16::mul(v.x, kPair), moe::Bf16::mul(v.y, kPair), moe::Bf16::mul(v.z, kPair),
+                      moe::Bf16::mul(v.w, kPair));
+}
 
 struct CombineParams {
     const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
@@ -190,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
 extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(const __grid_constant__ LayOutParams p) {
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    const int all = p.chunks * p.planes_count, parts = (all + 32 * kEach - 1) / (32 * kEach);
+    const int all = kChunks * p.planes_count, parts = (all + 32 * kEach - 1) / (32 * kEach);
     const long long unit = static_cast<long long>(blockIdx.x) * kLayOutWarps + threadIdx.x / 32;
     const int row = static_cast<int>(unit / parts), first = static_cast<int>(unit % parts) * (32 * kEach) + threadIdx.x % 32;
     if (row >= p.count) return;
@@ -210,8 +220,9 @@ extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(cons
     }
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-        const int at = first + 32 * i, plane = at / p.chunks, chunk = at % p.chunks ^ moe::swizzle(row);
-        if (at < all) *reinterpret_cast<uint4*>(p.planes + ((static_cast<long long>(plane) * p.count + row) * p.chunks + chunk) * 16) = v[i];
+        const int at = first + 32 * i, plane = at / kChunks, chunk = at % kChunks ^ moe::swizzle(row);
+        char* to = p.planes + (static_cast<long long>(plane) * p.count + row) * moe::kRowBytes + chunk * 16;
+        if (at < all) *reinterpret_cast<uint4*>(to) = p.lift ? lifted(v[i]) : v[i];
     }
 }
 

@@ -51,47 +51,57 @@ struct Epilogue {
         return *reinterpret_cast<const float4*>(shared_memory + kRingAt + 4 * (token * S::kPitch + row));
     }
 
-    static __device__ __forceinline__ uint2 rounded(float4 v, bool final) {
+    static __device__ __forceinline__ uint2 rounded(float a, float b, float c, float d, bool final) {
         const auto one = [&](float x) { return final ? C::from_float(x) : C::between(x); };
-        __align__(8) const C::T four[4] = {one(v.x), one(v.y), one(v.z), one(v.w)};
+        __align__(8) const C::T four[4] = {one(a), one(b), one(c), one(d)};
         return *reinterpret_cast<const uint2*>(four);
     }
 
-    // From there through the activation to planes, four results at a time.
-    __device__ __forceinline__ void write_activated() const {
+    // From there through the activation to planes, four results at a time; the last block fills the last plane up.
+    template <class F>
+    __device__ __forceinline__ void write_planes(F activation) const {
         const bool pairs = gated(p.activation);
         const int slab_width = pairs ? 8 : 16, first = first_slab * slab_width;
-        // The last block fills the last plane up.
-        const int width = task.row_tile == p.row_tiles - 1 ? p.out_columns - first : S::kSlabs * slab_width;
-        const int filled = p.weights.slabs * slab_width - first, fours = width / 4;
-#pragma unroll 1
-        for (int i = threadIdx.x; i < task.count * fours; i += S::kThreads) {
-            const int c = i / fours, at = i % fours * 4, column = first + at, row = task.start + c;
-            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        const int filled = p.weights.slabs * slab_width - first, shift = pairs ? S::kFours - 1 : S::kFours;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < task.count << shift; i += S::kThreads) {
+            const int c = i >> shift, at = (i - (c << shift)) * 4, column = first + at, row = task.start + c;
+            if (column >= p.out_columns) continue;
+            float v[4] = {};
             if (at < filled) {
                 // A slab holds eight gates, then their ups.
                 const float4 gate = staged(c, pairs ? at + at / 8 * 8 : at);
                 const float4 up = pairs ? staged(c, at + at / 8 * 8 + 8) : gate;
-                v.x = apply(p.activation, gate.x, up.x), v.y = apply(p.activation, gate.y, up.y);
-                v.z = apply(p.activation, gate.z, up.z), v.w = apply(p.activation, gate.w, up.w);
+                v[0] = activation(gate.x, up.x), v[1] = activation(gate.y, up.y);
+                v[2] = activation(gate.z, up.z), v[3] = activation(gate.w, up.w);
             }
-            const int plane = column / kBlock, chunk = column % kBlock / 8;
-            char* to = static_cast<char*>(p.out) + plane * p.plane + (long long)row * kRowBytes +
-                       ((chunk ^ swizzle(row)) << 4) + column % 8 * 2;
-            *reinterpret_cast<uint2*>(to) = rounded(v, false);
+            if (D::kLift) v[0] *= 0x1p80f, v[1] *= 0x1p80f, v[2] *= 0x1p80f, v[3] *= 0x1p80f;
+            char* to = static_cast<char*>(p.out) + column / kBlock * p.plane + (long long)row * kRowBytes +
+                       ((column % kBlock / 8 ^ swizzle(row)) << 4) + column % 8 * 2;
+            *reinterpret_cast<uint2*>(to) = rounded(v[0], v[1], v[2], v[3], false);
         }
     }
+    __device__ __forceinline__ void write_activated() const {
+        // The usual one without branches in the loop.
+        if (p.activation.kind == kSilu) {
+            write_planes([&](float g, float u) { return apply({kSilu, 0.f, 0.f, p.activation.limit}, g, u); });
+        } else {
+            write_planes([&](float g, float u) { return apply_any(g, u); });
+        }
+    }
+    __device__ __noinline__ float apply_any(float g, float u) const { return apply(p.activation, g, u); }
 
     // From there to rows.
     __device__ __forceinline__ void write_rows() const {
-        constexpr int kFours = 4 * S::kSlabs;
         const int first = first_slab * 16;
-        for (int i = threadIdx.x; i < task.count * kFours; i += S::kThreads) {
-            const int c = i / kFours, at = i % kFours * 4;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < task.count << S::kFours; i += S::kThreads) {
+            const int c = i >> S::kFours, at = (i - (c << S::kFours)) * 4;
             if (first + at >= p.out_columns) continue;
             const long long row = p.kind == kSecond ? p.rows[task.start + c] : task.start + c;
             C::T* to = static_cast<C::T*>(p.out) + row * p.out_columns + first + at;
-            *reinterpret_cast<uint2*>(to) = rounded(staged(c, at), p.kind == kBatched);
+            const float4 v = staged(c, at);
+            *reinterpret_cast<uint2*>(to) = rounded(v.x, v.y, v.z, v.w, p.kind == kBatched);
         }
     }
 

@@ -80,8 +80,10 @@ struct Narrow {
                     uint4 w[Q::kWords];
                     codes_of(slab + block * kCodeBytes + lane * 16, half, w);
                     D& d = dequant[s];
-                    float move[2];
-                    if (d.enter(slab + scales, 2 * block + half, p.scales, move)) rescale(acc[s], move);
+                    const int quarter = 2 * block + half;
+                    if (!D::kUnits || D::moves(quarter, p.scales)) {
+                        enter(d, D::scales_of(slab + scales, quarter, p.scales), quarter, p.scales, acc[s]);
+                    }
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         uint32_t a[4];

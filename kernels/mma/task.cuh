@@ -33,8 +33,7 @@ using D = Dequant<C, Q, Format::kScale>;
 // Blocks (64 columns) of a stage of packed weights: two; one where codes are wide and nothing follows them.
 constexpr int kBlocks = Q::kWords == 4 ? 1 : 2;
 constexpr int kCodeBytes = Q::kWords * 512;
-// Tokens lie in planes of a block's columns.
-constexpr int kRowBytes = 2 * kBlock;
+static_assert(kRowBytes == 2 * kBlock, "a plane holds a block's columns");
 // Before the rings: their barriers, "full" and "free" of every place of two rings.
 constexpr int kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;
 
@@ -76,6 +75,9 @@ struct Shape {
     static constexpr int kTiles = kN / 8 / kWarpColumns;  // of eight tokens, per warp
     // Floats of a token's results in shared memory, which take the ring's place; four more to spread the banks.
     static constexpr int kPitch = 16 * kSlabs + 4;
+    // A token has 2^kFours times four of them.
+    static constexpr int kFours = kSlabs == 16 ? 6 : 5;
+    static_assert(4 << kFours == 16 * kSlabs, "");
 
     // The first column of a warp's nth eight; warps take turns in pairs of them.
     static __device__ __forceinline__ int column(int warp, int n) {
@@ -155,9 +157,12 @@ __device__ __forceinline__ void token_of(uint32_t at, uint32_t (&b)[4]) {
     }
 }
 
-// Moves sums of a slab to the unit of another group.
+// Enters a slab's scales of 32 columns of K, in whose units its sums are.
 template <int kTiles>
-__device__ __forceinline__ void rescale(float (&acc)[kTiles][4], const float (&move)[2]) {
+__device__ __forceinline__ void enter(D& dequant, uint2 scales, int quarter, const ScaleLayout& layout, float (&acc)[kTiles][4]) {
+    float move[2];
+    dequant.enter(scales, quarter, layout, move);
+    if (!D::kUnits) return;
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
         acc[n][0] *= move[0], acc[n][1] *= move[0];

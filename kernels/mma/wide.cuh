@@ -1,42 +1,36 @@
-// Tiles of many tokens, which wait for the tensor cores. A warp takes 64 rows by 64 columns: an unpacked weight is used
-// eight times, and with less than that shared memory could not feed the tensor cores.
+// Tiles of many tokens, which wait for the tensor cores. A warp takes 64 rows by up to 64 columns: an unpacked weight is
+// used up to eight times.
 //
-// Two rings, of token blocks and of weight stages, so that two thread blocks fit a multiprocessor: one multiplies while
-// the other begins or ends. A warp goes through units, a slab by half a block of K; what a unit reads was read and
-// unpacked in the unit before.
+// Two warps share a scheduler, and a product keeps its warp for six cycles: nothing else may stand in its way. The loop is
+// made for every number of columns, has next to no branches, and what a step needs was read and unpacked in the step
+// before. Two blocks on a multiprocessor: one multiplies while the other begins or ends.
+//
+// Two rings: blocks of tokens and stages of weights. A stage is sent for before the tokens of its first block, so that
+// those stand for both.
 #pragma once
 #include "epilogue.cuh"
 
 namespace moe {
 
-// c += a * b where `wanted`, which all lanes agree on.
-__device__ __forceinline__ void mma_if(bool wanted, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define MOE_MMA_IF(type)                                                                                          \
-    asm volatile(                                                                                                 \
-        "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %10, 0;\n@wanted mma.sync.aligned.m16n8k16.row.col.f32." type  \
-        "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n}"                                  \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(static_cast<int>(wanted)))
-    if constexpr (C::kBf16) {
-        MOE_MMA_IF("bf16");
-    } else {
-        MOE_MMA_IF("f16");
-    }
-#undef MOE_MMA_IF
-}
+// What a warp reads of a block of K.
+struct Source {
+    uint32_t tokens, codes, scales;
+    int block;  // of the stage
+};
 
 template <int kN>
 struct Wide {
     using S = Shape<kN>;
-    static constexpr int kTokenBytes = kN * kRowBytes, kUnits = 2 * S::kWarpSlabs;
-    static constexpr int kFetched = S::kSlabs / S::kWarps;  // slabs that a warp sends for
-    // Full: each warp's announcement, or every thread's copies. Free: every warp.
-    static constexpr int kTokenArrivals = MOE_BULK ? 1 : S::kThreads, kWeightArrivals = MOE_BULK ? S::kWarps : S::kThreads;
+    static constexpr int kTokenBytes = kN * kRowBytes, kSteps = 4 * S::kWarpSlabs;
+    // What a warp sends for: slabs; 512 bytes at a time of a stage and of a block of tokens.
+    static constexpr int kFetched = S::kSlabs / S::kWarps, kScaleBytes = Format::kScale == Scale::kNone ? 0 : 256;
+    static constexpr int kStageCopies = (kBlocks * kCodeBytes + kScaleBytes) / 512 + (kScaleBytes > 0 ? 1 : 0);
+    static constexpr int kTokenCopies = kTokenBytes / 512 / S::kWarps;
     const GemmParams& p;
     const Task task;
     const Slabs slab;
     const uint32_t memory;
-    const int warp, lane, stage_bytes, stages;
+    const int warp, lane, stage_bytes;
     // Pairs of eight columns that hold tokens.
     const int pairs;
     D dequant[S::kWarpSlabs];
@@ -45,197 +39,195 @@ struct Wide {
     __device__ __forceinline__ Wide(const GemmParams& params, const Task& its, uint32_t shared, int w)
         : p(params), task(its), slab{params.weights, its.expert, its.row_tile * S::kSlabs}, memory(shared), warp(w),
           lane(threadIdx.x & 31), stage_bytes(kBlocks * kCodeBytes + 8 * params.scales.stride),
-          stages((params.weights.blocks + kBlocks - 1) / kBlocks),
           pairs(((its.count + 15) / 16 + S::kWarpColumns - 1 - w % S::kWarpColumns) / S::kWarpColumns), acc{} {
 #pragma unroll
         for (int s = 0; s < S::kWarpSlabs; s++) dequant[s].begin();
     }
 
     static __device__ __forceinline__ void make_barriers(const GemmParams& p, uint32_t memory) {
-        for (int i = 0; i < kMaxDepth; i++) {
-            barrier_init(memory + 8 * i, kTokenArrivals);
+        for (int i = 0; i < p.depth; i++) {
+            // Full: every thread's copies. Free: every warp.
+            barrier_init(memory + 8 * i, S::kThreads);
             barrier_init(memory + kBarriers + 8 * i, S::kWarps);
-            barrier_init(memory + 2 * kBarriers + 8 * i, kWeightArrivals);
-            barrier_init(memory + 3 * kBarriers + 8 * i, S::kWarps);
         }
     }
-    __device__ __forceinline__ uint32_t tokens_full(int n) const { return memory + 8 * n; }
-    __device__ __forceinline__ uint32_t tokens_free(int n) const { return memory + kBarriers + 8 * n; }
-    __device__ __forceinline__ uint32_t weights_full(int n) const { return memory + 2 * kBarriers + 8 * n; }
-    __device__ __forceinline__ uint32_t weights_free(int n) const { return memory + 3 * kBarriers + 8 * n; }
+    __device__ __forceinline__ uint32_t full(int n) const { return memory + 8 * n; }
+    __device__ __forceinline__ uint32_t free(int n) const { return memory + kBarriers + 8 * n; }
     __device__ __forceinline__ uint32_t tokens_at(int n) const { return memory + kRingAt + n * kTokenBytes; }
     __device__ __forceinline__ uint32_t weights_at(int n) const {
         return tokens_at(p.depth) + n * (S::kSlabs * stage_bytes);
     }
+    static __device__ __forceinline__ int in_stage(int block) { return kBlocks == 1 ? 0 : block % kBlocks; }
 
-    // A block of tokens; warps take turns.
-    __device__ __forceinline__ void fetch_tokens(int block, int to) const {
-        const char* from = p.x + block * p.plane + (long long)task.start * kRowBytes;
-        const int bytes = task.count * kRowBytes;
-#if MOE_BULK
-        if (lane == 0) {
-            barrier_expect(tokens_full(to), bytes);
-            copy_bulk(tokens_at(to), from, bytes, tokens_full(to));
-        }
-#else
-        for (int i = threadIdx.x * 16; i < bytes; i += S::kThreads * 16) copy_16(tokens_at(to) + i, from + i);
-        arrive_after_copies(tokens_full(to));
-#endif
+    // What a thread sends for next. A slab beyond the matrix is not, and what comes of it is not written.
+    struct Cursor {
+        const char *tokens, *weights;
+        int token_bytes, weight_bytes;  // left of the tile's tokens from there on, in all blocks; of a slab
+        int block, slabs;
+    };
+    __device__ __forceinline__ Cursor begin_copies() const {
+        const int first = slab.first + warp * kFetched, offset = warp * (kTokenCopies * 512) + lane * 16;
+        return {p.x + (long long)task.start * kRowBytes + offset,
+                slab_of(p.weights, task.expert, first) + lane * 16,
+                task.count * kRowBytes - offset,
+                p.weights.slab_bytes - lane * 16,
+                0,
+                p.weights.slabs - first};
     }
-    __device__ __forceinline__ bool fetches(int block) const { return !MOE_BULK || block % S::kWarps == warp; }
-
-    // A warp's part of a stage of weights.
-    __device__ __forceinline__ void fetch_weights(int stage, int to) const {
-        const uint32_t at = weights_at(to) + warp * kFetched * stage_bytes;
-        const int offset = stage * stage_bytes, bytes = min(stage_bytes, p.weights.slab_bytes - offset);
-#if MOE_BULK
-        if (lane == 0) {
-            barrier_expect(weights_full(to), kFetched * bytes);
-#pragma unroll
-            for (int s = 0; s < kFetched; s++) {
-                copy_bulk(at + s * stage_bytes, slab(warp * kFetched + s) + offset, bytes, weights_full(to));
+    __device__ __forceinline__ void copy_weights(const Cursor& c, int nth, bool wanted, int to) const {
+        const int s = nth / kStageCopies, i = nth % kStageCopies;
+        const int bytes = wanted && s < c.slabs ? min(c.weight_bytes, stage_bytes - lane * 16) : 0;
+        const uint32_t at = weights_at(to) + (warp * kFetched + s) * stage_bytes + lane * 16;
+        if (i * 512 < bytes) copy_16(at + i * 512, c.weights + (long long)s * p.weights.slab_bytes + i * 512);
+    }
+    __device__ __forceinline__ void copy_tokens(const Cursor& c, int nth, int to) const {
+        const int bytes = c.block < p.weights.blocks ? c.token_bytes : 0;
+        const uint32_t at = tokens_at(to) + warp * (kTokenCopies * 512) + lane * 16;
+        if (nth * 512 < bytes) copy_16(at + nth * 512, c.tokens + nth * 512);
+    }
+    __device__ __forceinline__ void next_weights(Cursor& c) const { c.weights += stage_bytes, c.weight_bytes -= stage_bytes; }
+    // A block of tokens and all that was sent for before are there when `to` is full.
+    __device__ __forceinline__ void next_tokens(Cursor& c, int to) const {
+        arrive_after_copies(full(to));
+        c.tokens += p.plane, c.block++;
+    }
+    __device__ __forceinline__ void fill(Cursor& c) const {
+        for (int i = 0; i < max(p.depth, p.weights_depth) - 1; i++) {
+            if (i < p.weights_depth - 1) {
+                for (int n = 0; n < kFetched * kStageCopies; n++) copy_weights(c, n, true, i);
+                next_weights(c);
+            }
+            if (i < p.depth - 1) {
+                for (int n = 0; n < kTokenCopies; n++) copy_tokens(c, n, i);
+                next_tokens(c, i);
             }
         }
-#else
-        for (int s = 0; s < kFetched; s++) {
-            const char* from = slab(warp * kFetched + s) + offset;
-            for (int i = lane * 16; i < bytes; i += 512) copy_16(at + s * stage_bytes + i, from + i);
+    }
+    // Sends, in parts, for what goes to the places that the block and the stage before had.
+    static constexpr int kRefillAt = 3, kParts = kSteps - 2 - kRefillAt;
+    __device__ __forceinline__ void refill(Cursor& c, int part, int block, Place last, int last_weights) const {
+        constexpr int kWeights = kFetched * kStageCopies, kEach = (kWeights + kTokenCopies + kParts - 1) / kParts;
+        if (part == 0) {
+            if (block > 0) barrier_wait(free(last.at), last.round);
+            __syncwarp();
         }
-        arrive_after_copies(weights_full(to));
-#endif
+        const bool wanted = in_stage(block) == 0;
+#pragma unroll
+        for (int i = part * kEach; i < (part + 1) * kEach; i++) {
+            if (i < kWeights) {
+                copy_weights(c, i, wanted, last_weights);
+            } else if (i < kWeights + kTokenCopies) {
+                copy_tokens(c, i - kWeights, last.at);
+            }
+        }
+        if (part == kParts - 1) {
+            if (wanted) next_weights(c);
+            next_tokens(c, last.at);
+        }
     }
 
-    // Where the sums are along K: a block of tokens, the stage of weights that it belongs to.
-    struct Position {
-        int block = 0;
-        Place tokens, weights;
-    };
-    static __device__ __forceinline__ int in_stage(int block) { return kBlocks == 1 ? 0 : block % kBlocks; }
-    __device__ __forceinline__ Position after(const Position& at) const {
-        const bool same = in_stage(at.block + 1) != 0;
-        return {at.block + 1, at.tokens.next(p.depth), same ? at.weights : at.weights.next(p.weights_depth)};
-    }
-
-    __device__ __forceinline__ void begin() const {
-        for (int i = 0; i < p.depth - 1 && i < p.weights.blocks; i++) {
-            if (fetches(i)) fetch_tokens(i, i);
-        }
-        for (int i = 0; i < p.weights_depth - 1 && i < stages; i++) fetch_weights(i, i);
-    }
-    // Sends for what goes to the places that came before.
-    __device__ __forceinline__ void refill_tokens(const Position& at) const {
-        const int ahead = at.block + p.depth - 1;
-        if (ahead >= p.weights.blocks || !fetches(ahead)) return;
-        const Place last = at.tokens.before(p.depth);
-        if (at.block > 0) barrier_wait(tokens_free(last.at), last.round);
-        fetch_tokens(ahead, last.at);
-    }
-    __device__ __forceinline__ void refill_weights(const Position& at) const {
-        const int ahead = at.block / kBlocks + p.weights_depth - 1;
-        if (in_stage(at.block) != 0 || ahead >= stages) return;
-        const Place last = at.weights.before(p.weights_depth);
-        if (at.block > 0) barrier_wait(weights_free(last.at), last.round);
-        fetch_weights(ahead, last.at);
-    }
-    __device__ __forceinline__ void wait(const Position& at) const {
-        barrier_wait(tokens_full(at.tokens.at), at.tokens.round);
-        if (in_stage(at.block) == 0) barrier_wait(weights_full(at.weights.at), at.weights.round);
+    __device__ __forceinline__ void done(int place) const {
         __syncwarp();
-    }
-    __device__ __forceinline__ void done(const Position& at) const {
-        __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(tokens_free(at.tokens.at));
-            if (in_stage(at.block + 1) == 0) barrier_arrive(weights_free(at.weights.at));
-        }
+        if (lane == 0) barrier_arrive(free(place));
     }
 
-    // What a warp reads of a block.
-    struct Source {
-        uint32_t tokens, codes, scales;
-        int block;  // of the stage
-    };
-    __device__ __forceinline__ Source source(const Position& at, uint32_t from_token) const {
-        const int block = in_stage(at.block), blocks = min(kBlocks, p.weights.blocks - at.block + block);
-        const uint32_t slabs = weights_at(at.weights.at) + warp / S::kWarpColumns * S::kWarpSlabs * stage_bytes;
-        return {tokens_at(at.tokens.at) + from_token, slabs + block * kCodeBytes + lane * 16,
-                slabs + blocks * kCodeBytes + (lane >> 2) * p.scales.stride, block};
+    __device__ __forceinline__ Source source(int block, int place, int weights_place, uint32_t from_token) const {
+        const int nth = in_stage(block), blocks = min(kBlocks, p.weights.blocks - block + nth);
+        const uint32_t slabs = weights_at(weights_place) + warp / S::kWarpColumns * S::kWarpSlabs * stage_bytes;
+        return {tokens_at(place) + from_token, slabs + nth * kCodeBytes + lane * 16,
+                slabs + blocks * kCodeBytes + (lane >> 2) * p.scales.stride, nth};
+    }
+    // Enters the scales of half a block of all slabs, if the sums change their units there.
+    __device__ __forceinline__ void enter_half(const Source& from, int half) {
+        if constexpr (D::kUnits) {
+            const int quarter = 2 * from.block + half;
+            if (!D::moves(quarter, p.scales)) return;
+            uint2 scales[S::kWarpSlabs];
+#pragma unroll
+            for (int s = 0; s < S::kWarpSlabs; s++) scales[s] = D::scales_of(from.scales + s * stage_bytes, quarter, p.scales);
+#pragma unroll
+            for (int s = 0; s < S::kWarpSlabs; s++) enter(dequant[s], scales[s], quarter, p.scales, acc[s]);
+        }
+    }
+    // A step's operand: 16 rows by 16 columns.
+    __device__ __forceinline__ void unpack(const Source& from, int step, const uint4 (&w)[Q::kWords], uint32_t (&a)[4]) {
+        const int half = step / (2 * S::kWarpSlabs), s = step / 2 % S::kWarpSlabs, h = step % 2;
+        const uint32_t scales = from.scales + s * stage_bytes;
+        if (!D::kUnits && h == 0) {
+            const int quarter = 2 * from.block + half;
+            enter(dequant[s], D::scales_of(scales, quarter, p.scales), quarter, p.scales, acc[s]);
+        }
+        Q::step(w, 2 * half + h, a);
+        dequant[s].enter_narrow(scales, 4 * from.block + 2 * half + h);
+        dequant[s].finish(a);
+    }
+    static __device__ __forceinline__ void load_token(const Source& from, int half, int n, uint32_t (&b)[4]) {
+        token_of((from.tokens ^ (64 * half)) + S::column(0, n) * kRowBytes, b);
     }
     __device__ __forceinline__ void load_codes(const Source& from, int unit, uint4 (&w)[Q::kWords]) const {
         codes_of(from.codes + unit % S::kWarpSlabs * stage_bytes, unit / S::kWarpSlabs, w);
     }
-    __device__ __forceinline__ void load_token(const Source& from, int half, int n, uint32_t (&b)[S::kTiles][4]) const {
-        if (n / 2 < pairs) token_of((from.tokens ^ (64 * half)) + S::column(0, n) * kRowBytes, b[n]);
-    }
-    // A unit's two operands.
-    __device__ __forceinline__ void unpack(const Source& from, int unit, bool there, const uint4 (&w)[Q::kWords],
-                                           uint32_t (&a)[2][4]) {
-        const int half = unit / S::kWarpSlabs, s = unit % S::kWarpSlabs;
-        D& d = dequant[s];
-        const uint32_t scales = from.scales + s * stage_bytes;
-        float move[2];
-        if (there && d.enter(scales, 2 * from.block + half, p.scales, move)) rescale(acc[s], move);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            Q::step(w, 2 * half + h, a[h]);
-            d.enter_narrow(scales, 4 * from.block + 2 * half + h);
-            d.finish(a[h]);
-        }
-    }
 
-    __device__ __forceinline__ void multiply() {
+    // A warp's sums, of kUsed times eight columns.
+    template <int kUsed>
+    __device__ __forceinline__ void multiply(Cursor& copies) {
         const uint32_t from_token = token_offset(task.start, S::column(warp, 0) + (lane >> 2), lane);
-        Position at;
-        wait(at);
-        Source from = source(at, from_token);
-        uint32_t b[S::kTiles][4], a[2][2][4];
+        Place place, weights;
+        barrier_wait(full(0), 0);
+        __syncwarp();
+        Source from = source(0, 0, 0, from_token);
+        uint32_t b[kUsed][4], a[2][4];
         uint4 w[Q::kWords];
 #pragma unroll
-        for (int n = 0; n < S::kTiles; n++) {
-            b[n][0] = b[n][1] = b[n][2] = b[n][3] = 0;
-            load_token(from, 0, n, b);
-        }
+        for (int n = 0; n < kUsed; n++) load_token(from, 0, n, b[n]);
         load_codes(from, 0, w);
-        unpack(from, 0, true, w, a[0]);
-        load_codes(from, 1, w);
+        enter_half(from, 0);
+        unpack(from, 0, w, a[0]);
 #pragma unroll 1
-        while (at.block < p.weights.blocks) {
-            const Position next = after(at);
-            const bool more = next.block < p.weights.blocks;
+        for (int block = 0; block < p.weights.blocks; block++) {
+            const Place next = place.next(p.depth);
+            const Place then_weights = in_stage(block + 1) == 0 ? weights.next(p.weights_depth) : weights;
             // Beyond the last block old bytes are read, and not used.
-            const Source then = source(next, from_token);
+            const Source then = source(block + 1, next.at, then_weights.at, from_token);
 #pragma unroll
-            for (int unit = 0; unit < kUnits; unit++) {
-                const int s = unit % S::kWarpSlabs, half = unit / S::kWarpSlabs;
-                const bool last = s == S::kWarpSlabs - 1;
-                uint32_t(&now)[2][4] = a[unit % 2];
+            for (int step = 0; step < kSteps; step++) {
+                const int half = step / (2 * S::kWarpSlabs), s = step / 2 % S::kWarpSlabs, h = step % 2;
+                // The last step that reads this half's tokens.
+                const bool last = step % (2 * S::kWarpSlabs) == 2 * S::kWarpSlabs - 1;
 #pragma unroll
-                for (int n = 0; n < S::kTiles; n++) mma_if(n / 2 < pairs, acc[s][n], now[0], b[n][0], b[n][1]);
-                if (unit == 0) refill_tokens(at);
-                if (unit == 2) refill_weights(at);
-                if (unit == kUnits - 2 && more) wait(next);
-                const bool crossed = unit == kUnits - 1;
-                unpack(crossed ? then : from, (unit + 1) % kUnits, !crossed || more, w, a[(unit + 1) % 2]);
-                load_codes(unit >= kUnits - 2 ? then : from, (unit + 2) % kUnits, w);
-#pragma unroll
-                for (int n = 0; n < S::kTiles; n++) {
-                    mma_if(n / 2 < pairs, acc[s][n], now[1], b[n][2], b[n][3]);
-                    // Its last use in this half.
-                    if (last) load_token(half == 0 ? from : then, 1 - half, n, b);
+                for (int n = 0; n < kUsed; n++) {
+                    C::mma(acc[s][n], a[step % 2], b[n][2 * h], b[n][2 * h + 1]);
+                    if (last) load_token(half == 0 ? from : then, 1 - half, n, b[n]);
                 }
+                if (last && half == 0) enter_half(from, 1);
+                if (last && half == 1 && block + 1 < p.weights.blocks) enter_half(then, 0);
+                unpack(step == kSteps - 1 ? then : from, (step + 1) % kSteps, w, a[(step + 1) % 2]);
+                if (step == kSteps - 2) {
+                    barrier_wait(full(next.at), next.round);
+                    __syncwarp();
+                }
+                // Before the wait for the next block, which may be among it.
+                if (step >= kRefillAt && step < kRefillAt + kParts) {
+                    refill(copies, step - kRefillAt, block, place.before(p.depth), weights.before(p.weights_depth).at);
+                }
+                if (h == 0) load_codes(step == kSteps - 2 ? then : from, (step / 2 + 1) % (kSteps / 2), w);
             }
-            done(at);
-            at = next, from = then;
+            done(place.at);
+            place = next, weights = then_weights, from = then;
         }
     }
 
-    // Warps without tokens only help to copy.
-    __device__ __forceinline__ void help() const {
-        for (Position at; at.block < p.weights.blocks; at = after(at)) {
-            wait(at);
-            refill_tokens(at);
-            refill_weights(at);
-            done(at);
+    // Warps without tokens keep the others' pace.
+    __device__ __forceinline__ void keep_pace(Cursor& copies) const {
+        Place place, weights;
+        for (int block = 0; block < p.weights.blocks; block++, place = place.next(p.depth)) {
+            if (block > 0 && in_stage(block) == 0) weights = weights.next(p.weights_depth);
+            barrier_wait(full(place.at), place.round);
+#pragma unroll
+            for (int i = 0; i < kParts; i++) {
+                refill(copies, i, block, place.before(p.depth), weights.before(p.weights_depth).at);
+            }
+            done(place.at);
         }
     }
 };
@@ -243,23 +235,21 @@ struct Wide {
 template <int kN>
 __device__ __forceinline__ void wide(const GemmParams& p) {
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
-    if (threadIdx.x == 0) {
-        Wide<kN>::make_barriers(p, memory);
-#if MOE_BULK
-        barrier_init_done();
-#endif
-    }
+    if (threadIdx.x == 0) Wide<kN>::make_barriers(p, memory);
     __syncthreads();
     wait_for_previous_grid();
     release_next_grid();
     const Task task = task_of(p);
     if (task.expert < 0) return;
     Wide<kN> gemm(p, task, memory, uniform(threadIdx.x >> 5));
-    gemm.begin();
-    if (gemm.pairs > 0) {
-        gemm.multiply();
-    } else {
-        gemm.help();
+    typename Wide<kN>::Cursor copies = gemm.begin_copies();
+    gemm.fill(copies);
+    switch (gemm.pairs) {
+        case 0: gemm.keep_pace(copies); break;
+        case 1: gemm.template multiply<2>(copies); break;
+        case 2: gemm.template multiply<4>(copies); break;
+        case 3: gemm.template multiply<6>(copies); break;
+        default: gemm.template multiply<8>(copies);
     }
     Epilogue<kN>{p, task, gemm.warp, gemm.lane, gemm.slab.first}.write(gemm.dequant, gemm.acc);
 }

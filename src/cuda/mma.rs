@@ -6,8 +6,8 @@ use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
-use super::pack::{Codes, Format, PackedExperts};
-use super::permute::{Permute, Planes, Source, Sum, TILE_BYTES, max_tiles};
+use super::pack::{Codes, Compute, Format, PackedExperts, StageScales};
+use super::permute::{Permute, Planes, ROW_BYTES, Source, Sum, TILE_BYTES, max_tiles};
 use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
@@ -15,9 +15,8 @@ use crate::config::{ActivationFormat, MoeConfig};
 /// Places of a ring at most, and where the first begins; kernels/mma/task.cuh has the same.
 const MAX_DEPTH: usize = 8;
 const RING_AT: usize = 32 * MAX_DEPTH;
-/// Warps of a block, and bytes of a token's row in a plane (a block of 64 columns).
+/// Warps of a block.
 const WARPS: usize = 4;
-const ROW_BYTES: usize = 128;
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -138,25 +137,21 @@ impl Ring {
         let fit = |least: usize| {
             (1..=tile.resident()).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
-                let (mut depth, mut weights_depth, mut used) = (0, 0, RING_AT);
-                if tile.wide() {
-                    // Whichever ring reaches less far ahead gets the next place.
-                    while depth.max(weights_depth) < MAX_DEPTH {
-                        let behind = depth > weights_depth * blocks;
-                        let more = if behind { weights } else { tokens };
-                        if used + more > each {
-                            break;
-                        }
-                        used += more;
-                        *if behind { &mut weights_depth } else { &mut depth } += 1;
-                    }
+                let room = each.checked_sub(RING_AT)?;
+                let (depth, weights_depth, used) = if tile.wide() {
+                    // A stage of weights is sent for no later than the tokens of its first block.
+                    let with = |weights_depth: usize| {
+                        let left = room.checked_sub(weights_depth * weights)?;
+                        let depth = (left / tokens).min(blocks * (weights_depth - 1) + 1).min(MAX_DEPTH);
+                        Some((depth, weights_depth, depth * tokens + weights_depth * weights))
+                    };
+                    (2..=MAX_DEPTH).rev().filter_map(with).max_by_key(|r| r.0)?
                 } else {
                     let place = blocks * tokens + weights;
-                    depth = (each.checked_sub(RING_AT)? / place).min(MAX_DEPTH);
-                    weights_depth = depth;
-                    used += depth * place;
-                }
-                let shared = used.max(RING_AT + results);
+                    let depth = (room / place).min(MAX_DEPTH);
+                    (depth, depth, depth * place)
+                };
+                let shared = RING_AT + used.max(results);
                 (depth.min(weights_depth) >= least && shared <= each).then_some(Ring { depth, weights_depth, shared })
             })
         };
@@ -167,6 +162,14 @@ impl Ring {
 /// Blocks of 64 columns that a stage has.
 fn blocks(format: Format) -> usize {
     if format.codes == Codes::Half { 1 } else { 2 }
+}
+
+/// `kLift` in kernels/common/dequant.cuh.
+fn lifts(format: Format) -> bool {
+    matches!(
+        (format.codes, format.compute, format.scales),
+        (Codes::E4m3, Compute::Bf16, StageScales::None | StageScales::F32(_))
+    )
 }
 
 /// What a call works on: device addresses.
@@ -226,7 +229,7 @@ impl Mma {
         if kernels[0].is_none() {
             return Err(CudaError::Argument("this GPU has too little shared memory for cuda_mma"));
         }
-        let planes = |blocks: usize| Planes { count: blocks, row_bytes: ROW_BYTES };
+        let planes = |blocks: usize| Planes { count: blocks, lift: lifts(format) };
         Ok(Self {
             kernels,
             permute: Permute::new(gpu, config)?,
@@ -352,7 +355,7 @@ impl Mma {
             rows: call.rows,
             tiles: call.tiles,
             // Those of both have rows of as many bytes.
-            plane: (call.assignments * self.x.row_bytes) as i64,
+            plane: (call.assignments * ROW_BYTES) as i64,
             depth: ring.depth as i16,
             weights_depth: ring.weights_depth as i16,
             scales: self.scales,
@@ -421,7 +424,6 @@ impl Parts {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pack::{Compute, StageScales};
     use super::*;
 
     const H200: usize = 227 << 10;
@@ -442,7 +444,6 @@ mod tests {
             "kSlabs = kWarps / kWarpColumns * kWarpSlabs;",
             "kPitch = 16 * kSlabs + 4;",
             "kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;",
-            "kRowBytes = 2 * kBlock;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
         ] {
             assert!(source.contains(text), "{text}");
@@ -466,7 +467,7 @@ mod tests {
         ] {
             for tile in Tile::ALL {
                 let ring = Ring::new(f, tile, H200).unwrap();
-                assert!((3..=MAX_DEPTH).contains(&ring.depth), "{f:?} {tile:?} {ring:?}");
+                assert!((2..=MAX_DEPTH).contains(&ring.depth), "{f:?} {tile:?} {ring:?}");
                 assert!(
                     ring.shared <= H200 && ring.shared >= 4 * tile.pitch() * tile.tokens(),
                     "{f:?} {tile:?} {ring:?}"
