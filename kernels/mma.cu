@@ -11,8 +11,26 @@
 #include "mma/narrow.cuh"
 #include "mma/wide.cuh"
 
+namespace moe {
+
+template <int kN>
+__device__ __forceinline__ void gemm(const GemmParams& p) {
+    if constexpr (Shape<kN>::kWide) {
+        wide<kN>(p);
+    } else {
+        narrow<kN>(p);
+    }
+}
+
+}  // namespace moe
+
 // grid (row_tiles * tiles)
-extern "C" __global__ void __launch_bounds__(128, 6) moe_mma_16(const __grid_constant__ moe::GemmParams p) { moe::narrow<16>(p); }
-extern "C" __global__ void __launch_bounds__(128, 4) moe_mma_32(const __grid_constant__ moe::GemmParams p) { moe::narrow<32>(p); }
-extern "C" __global__ void __launch_bounds__(128, 2) moe_mma_64(const __grid_constant__ moe::GemmParams p) { moe::wide<64>(p); }
-extern "C" __global__ void __launch_bounds__(128, 2) moe_mma_128(const __grid_constant__ moe::GemmParams p) { moe::wide<128>(p); }
+#define MOE_ENTRY(n)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(moe::Shape<n>::kThreads, moe::Shape<n>::kResident)         \
+        moe_mma_##n(const __grid_constant__ moe::GemmParams p) {                                            \
+        moe::gemm<n>(p);                                                                                    \
+    }
+MOE_ENTRY(16)
+MOE_ENTRY(32)
+MOE_ENTRY(64)
+MOE_ENTRY(128)

@@ -66,8 +66,10 @@ static_assert(sizeof(GemmParams) == 136, "");
 template <int kN>
 struct Shape {
     // Every unpacked weight serves all of a warp's columns, every token all of its rows: many tokens are worth more of
-    // both, as far as registers go.
-    static constexpr bool kWide = kN >= 64;
+    // both, as far as registers go. Where nothing is unpacked, or sums change their units, more warps are worth more.
+    static constexpr bool kWide = kN > 64 || (kN == 64 && Q::kWords < 4 && Format::kScale != Scale::kHalf);
+    // Blocks on a multiprocessor.
+    static constexpr int kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kWarpColumns = kN == 128 ? 2 : 1;
     static constexpr int kWarpSlabs = kWide ? 4 : 2;  // of 16 rows
@@ -162,11 +164,12 @@ template <int kTiles>
 __device__ __forceinline__ void enter(D& dequant, uint2 scales, int quarter, const ScaleLayout& layout, float (&acc)[kTiles][4]) {
     float move[2];
     dequant.enter(scales, quarter, layout, move);
-    if (!D::kUnits) return;
+    if constexpr (D::kUnits) {
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
-        acc[n][0] *= move[0], acc[n][1] *= move[0];
-        acc[n][2] *= move[1], acc[n][3] *= move[1];
+        for (int n = 0; n < kTiles; n++) {
+            acc[n][0] *= move[0], acc[n][1] *= move[0];
+            acc[n][2] *= move[1], acc[n][3] *= move[1];
+        }
     }
 }
 

@@ -62,8 +62,10 @@ struct Wide {
     // What a thread sends for next. A slab beyond the matrix is not, and what comes of it is not written.
     struct Cursor {
         const char *tokens, *weights;
-        int token_bytes, weight_bytes;  // left of the tile's tokens from there on, in all blocks; of a slab
-        int block, slabs;
+        int token_bytes;   // of a block, from the thread's first on
+        int weight_bytes;  // of a slab, from there on
+        int block;         // of tokens
+        int slabs;         // of the matrix, from the warp's first on
     };
     __device__ __forceinline__ Cursor begin_copies() const {
         const int first = slab.first + warp * kFetched, offset = warp * (kTokenCopies * 512) + lane * 16;

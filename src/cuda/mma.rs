@@ -48,34 +48,44 @@ impl Tile {
         ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
     }
 
-    /// Tokens of the tensor cores' kind: many; kernels/mma/task.cuh has the same, and what follows.
-    const fn wide(self) -> bool {
-        self.tokens() >= 64
+    /// Whether a warp takes 64 rows; kernels/mma/task.cuh has the same, and what follows.
+    const fn wide(self, format: Format) -> bool {
+        match self {
+            Tile::T16 | Tile::T32 => false,
+            Tile::T64 => !matches!((format.codes, format.scales), (Codes::Half, _) | (_, StageScales::Half(..))),
+            Tile::T128 => true,
+        }
     }
 
     /// Slabs of a block.
-    const fn slabs(self) -> usize {
-        [8, 8, 16, 8][self as usize]
+    const fn slabs(self, format: Format) -> usize {
+        if matches!(self, Tile::T64) && self.wide(format) { 16 } else { 8 }
     }
 
     /// Floats of a token's results in shared memory.
-    const fn pitch(self) -> usize {
-        16 * self.slabs() + 4
+    const fn pitch(self, format: Format) -> usize {
+        16 * self.slabs(format) + 4
     }
 
     /// Blocks that a multiprocessor's registers hold.
-    const fn resident(self) -> usize {
-        [6, 4, 2, 2][self as usize]
+    const fn resident(self, format: Format) -> usize {
+        match self {
+            Tile::T16 => 6,
+            Tile::T32 => 4,
+            _ if self.wide(format) => 2,
+            _ => 3,
+        }
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
-    /// weights are read and unpacked once. The largest pays only where nothing is unpacked and most tiles are full
-    /// (benches/RESULTS.md has the times of all).
+    /// weights are read and unpacked once. The largest pays only where smaller ones have warps of few rows and most of its
+    /// columns hold tokens (benches/RESULTS.md has the times).
     fn of(format: Format, assignments: usize, experts: usize) -> Self {
         let mean = assignments as f64 / experts as f64;
         // One standard deviation more than the mean.
         let most = mean + mean.sqrt();
-        let largest = if format.codes == Codes::Half && mean >= 256.0 { Tile::T128 } else { Tile::T64 };
+        let full = if format.codes == Codes::Half { 256.0 } else { 512.0 };
+        let largest = if !Tile::T64.wide(format) && mean >= full { Tile::T128 } else { Tile::T64 };
         Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).map_or(largest, |t| t.min(largest))
     }
 }
@@ -132,13 +142,13 @@ impl Ring {
     fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
         let blocks = blocks(format);
         let tokens = tile.tokens() * ROW_BYTES;
-        let weights = tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
-        let results = 4 * tile.pitch() * tile.tokens();
+        let weights = tile.slabs(format) * (blocks * format.block_bytes() + format.scale_bytes());
+        let results = 4 * tile.pitch(format) * tile.tokens();
         let fit = |least: usize| {
-            (1..=tile.resident()).rev().find_map(|resident| {
+            (1..=tile.resident(format)).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
                 let room = each.checked_sub(RING_AT)?;
-                let (depth, weights_depth, used) = if tile.wide() {
+                let (depth, weights_depth, used) = if tile.wide(format) {
                     // A stage of weights is sent for no later than the tokens of its first block.
                     let with = |weights_depth: usize| {
                         let left = room.checked_sub(weights_depth * weights)?;
@@ -155,7 +165,7 @@ impl Ring {
                 (depth.min(weights_depth) >= least && shared <= each).then_some(Ring { depth, weights_depth, shared })
             })
         };
-        if tile.wide() { fit(2) } else { fit(3).or_else(|| fit(2)) }
+        if tile.wide(format) { fit(2) } else { fit(3).or_else(|| fit(2)) }
     }
 }
 
@@ -380,7 +390,7 @@ impl Mma {
             ..common
         };
         for params in [first, second] {
-            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs());
+            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs(format));
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
             let launch = Launch::new(blocks as u32, 32 * WARPS as u32).shared(ring.shared as u32).overlap(true);
@@ -437,7 +447,8 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = concat!(include_str!("../../kernels/mma.cu"), include_str!("../../kernels/mma/task.cuh"));
         for text in [
-            "kWide = kN >= 64;",
+            "kWide = kN > 64 || (kN == 64 && Q::kWords < 4 && Format::kScale != Scale::kHalf);",
+            "kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;",
             "kWarps = 4, kThreads = 32 * kWarps;",
             "kWarpColumns = kN == 128 ? 2 : 1;",
             "kWarpSlabs = kWide ? 4 : 2;",
@@ -449,10 +460,9 @@ mod tests {
             assert!(source.contains(text), "{text}");
         }
         for tile in Tile::ALL {
-            let bounds = format!("__launch_bounds__({}, {}) {}(", 32 * WARPS, tile.resident(), tile.entry());
-            assert!(source.contains(&bounds), "{bounds}");
-            let kind = if tile.wide() { "wide" } else { "narrow" };
-            assert!(source.contains(&format!("moe::{kind}<{}>(p)", tile.tokens())), "{tile:?}");
+            let entry = format!("MOE_ENTRY({})", tile.tokens());
+            assert!(source.contains(&entry), "{entry}");
+            assert_eq!(tile.entry(), format!("moe_mma_{}", tile.tokens()));
         }
     }
 
@@ -469,7 +479,7 @@ mod tests {
                 let ring = Ring::new(f, tile, H200).unwrap();
                 assert!((2..=MAX_DEPTH).contains(&ring.depth), "{f:?} {tile:?} {ring:?}");
                 assert!(
-                    ring.shared <= H200 && ring.shared >= 4 * tile.pitch() * tile.tokens(),
+                    ring.shared <= H200 && ring.shared >= 4 * tile.pitch(f) * tile.tokens(),
                     "{f:?} {tile:?} {ring:?}"
                 );
             }
@@ -492,12 +502,15 @@ mod tests {
     #[test]
     fn tiles_grow_with_the_tokens_of_an_expert() {
         let (half, int4) = (format(Codes::Half, StageScales::None), format(Codes::U4, StageScales::Half(1, false)));
+        let fp8 = format(Codes::E4m3, StageScales::None);
         for (format, tokens, experts, topk, want) in [
             (int4, 9, 128, 8, Tile::T16),
             (int4, 64, 128, 8, Tile::T16),
             (int4, 256, 128, 8, Tile::T32),
             (int4, 1024, 128, 8, Tile::T64),
             (int4, 4096, 128, 8, Tile::T64),
+            (int4, 4096, 8, 2, Tile::T128),
+            (fp8, 4096, 8, 2, Tile::T64),
             (half, 1024, 128, 8, Tile::T64),
             (half, 4096, 128, 8, Tile::T128),
             (int4, 64, 8, 2, Tile::T32),
