@@ -63,7 +63,7 @@ fn few_units_get_many_warps() {
     let shape = |layer| Plan::new(sizes(INT4.0, INT4.1, layer), H200, 1).unwrap();
     // 768 units for 132 multiprocessors: eight at once; 256: two at once, with all warps that there is room for.
     assert_eq!(shape(QWEN3).first.groups(), 8);
-    assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (1, 264));
+    assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (2, 132));
     // As many slabs of the output as multiprocessors: a block to each.
     assert_eq!((shape(QWEN3).second.groups(), shape(DEEPSEEK_TP8).second.groups()), (1, 2));
 }
