@@ -69,6 +69,18 @@ fn few_units_get_many_warps() {
 }
 
 #[test]
+fn few_units_are_spread_and_the_second_kernel_starts_behind_most_loads() {
+    let plan = |(codes, scales), layer, tokens| Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
+    let fp8 = (Codes::E4m3, StageScales::None);
+    // 768 units, a block for every multiprocessor: one to each of 1056 groups, or three to each of 264.
+    let (four, eight) = (plan(INT4, QWEN3, 1), plan(fp8, QWEN3, 1));
+    assert_eq!((four.first_blocks, four.first.groups(), four.spread, four.release), (132, 8, true, 0));
+    assert_eq!((eight.first_blocks, eight.first.groups(), eight.spread, eight.release), (132, 2, true, 2));
+    // 14336 units: neighbours in memory stay together.
+    assert!(plan(fp8, MIXTRAL, 1).spread && !plan(fp8, MIXTRAL, 4).spread);
+}
+
+#[test]
 fn no_multiprocessor_takes_more_blocks_than_planned() {
     for (codes, scales) in [(Codes::Half, StageScales::None), (Codes::E2m1, StageScales::E4m3), INT4] {
         for layer in [QWEN3, MIXTRAL, DEEPSEEK_TP8, (2880, 2880, 4)] {
