@@ -30,6 +30,17 @@ __device__ __forceinline__ int batched_tokens(const DecodeParams& p, int expert,
     return min(min(p.counts[expert], p.max_tokens) - first, kColumns);
 }
 
+// What the first kernel reads of the tokens: starts its way to L2. A line to a thread of the grid.
+__device__ __forceinline__ void prefetch_input(const DecodeParams& p) {
+    const int line = threadIdx.x * gridDim.x + blockIdx.x;
+    const int rows = (p.tokens * p.hidden_size * 2 + 127) / 128, pairs = (p.tokens * p.topk * 4 + 127) / 128;
+    const char* from = reinterpret_cast<const char*>(p.hidden);
+    int at = line - rows;
+    if (at >= 0) from = reinterpret_cast<const char*>(p.ids);
+    if (at >= pairs) from = reinterpret_cast<const char*>(p.weights), at -= pairs;
+    if (at < pairs) prefetch_l2(from + 128 * (line < rows ? line : at));
+}
+
 // Gate, up and activation, times the routing weight.
 template <Mode kMode>
 __device__ __forceinline__ void first(const DecodeParams& p) {
@@ -48,7 +59,8 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
     const int start = batched ? blockIdx.z * kColumns : 0;
     // A unit is a slab of a job. The grid's groups take the units in turn.
     const int slabs = p.first.slabs, chunks = Ring::chunks(p.first);
-    const int begin = blockIdx.x * group.count + group.number, step = gridDim.x * group.count;
+    const int step = gridDim.x * group.count;
+    const int begin = p.spread ? blockIdx.x + group.number * gridDim.x : blockIdx.x * group.count + group.number;
     struct Unit {
         int job, slab;
         __device__ __forceinline__ void settle(int slabs) {
@@ -56,9 +68,10 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
         }
     };
     const Unit begins{begin / slabs, begin % slabs};
+    if (!batched) prefetch_input(p);
     __syncthreads();
     wait_for_previous_grid();
-    release_next_grid();
+    if (kFar) release_next_grid();
 
     if constexpr (!kFar) rows.fetch(p.hidden);
     if constexpr (kOne) {
@@ -71,9 +84,11 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
         collect(p, jobs);
     }
     const int units = max(uniform(jobs.count) * slabs - begin + step - 1, 0) / step;
-    // Of the group's `n`th unit a warp takes every size-th chunk from this one on: the work of the first and the last
-    // chunk goes around.
-    auto first_chunk = [&](int n) { return (group.rank - n) & (group.size - 1); };
+    // A group's warps take the chunks of its units in turn; where that would always give them the same ones, the work of
+    // the first and the last chunk goes around. This is a warp's first chunk of the group's `n`th unit.
+    auto first_chunk = [&](int n) {
+        return (group.rank - n * ((chunks & (group.size - 1)) == 0 ? 1 : chunks)) & (group.size - 1);
+    };
     Unit next = begins;
     int n = 0, chunk = first_chunk(0);
     const char* weights = nullptr;
@@ -81,6 +96,7 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
         while (chunk >= chunks && n < units) n++, next.slab += step, chunk = first_chunk(n), weights = nullptr;
         if (n < units) {
             if (weights == nullptr) {
+                if (!kFar && n == p.release) release_next_grid();
                 next.settle(slabs);
                 weights = slab_of(p.first, uniform(jobs.expert[next.job]), next.slab);
             }
@@ -102,14 +118,13 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
 #pragma unroll 1
     for (int i = 0; i < units; i++, unit.slab += step) {
         unit.settle(slabs);
-        const bool mine = (i & (group.size - 1)) == group.rank;
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
         float factor[2], bias[2] = {0.f, 0.f};
         auto run = [&](auto& tokens) {
 #pragma unroll 1
             for (int c = first_chunk(i); c < chunks; c += group.size) {
                 ring.turn<kOne>(p.first, c, tokens, lane, acc);
-                if (mine && c == 0) {
+                if (c == 0) {
                     const uint32_t at = ring.extra() + 4 * g;
                     factor[0] = read_float(at), factor[1] = read_float(at + 32);
                     if (p.first.bias != nullptr) bias[0] = read_float(at + 64), bias[1] = read_float(at + 96);
@@ -129,7 +144,9 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
             NearTokens<S> tokens{rows.row(column(g)), {rows.sums(column(2 * t)), rows.sums(column(2 * t + 1))}};
             run(tokens);
         }
-        if (p.first_split > 0) parts.add(group, i, i & (group.size - 1), lane, acc);
+        // Who had the first chunk has the factors.
+        const bool mine = first_chunk(i) == 0;
+        if (p.first_split > 0) parts.add(group, i, mine, lane, acc);
         if (!mine) continue;
 
 #pragma unroll
@@ -181,7 +198,7 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
     const uint32_t factors = memory + warps * ring_bytes + group.number * tokens * slots * 64;
     const SecondRows rows(memory + warps * ring_bytes + group.count * tokens * slots * 64, p.second.blocks, length,
                           tokens * slots);
-    const auto walk = rows.walk();
+    const auto walk = rows.template walk<kOne ? 2 : 4>();
     // The ids were complete before the grid ahead of this one began, so that weights can be on their way already.
     if constexpr (kOne) {
         collect(p, blockIdx.y, jobs);
@@ -296,7 +313,7 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
 // Blocks per multiprocessor that the registers must allow: two where they do without spills, so that the second kernel's
 // blocks can wait beside the first's.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr bool kManyScales = moe::S::kGroups > 2 && moe::S::kRegisters == moe::S::kGroups;
+constexpr bool kManyScales = moe::S::kGroups > 2 && moe::S::kRegisters >= moe::S::kGroups;
 constexpr int kBlocks = moe::S::kZero || kManyScales || (moe::Q::kOffset != 0.f && moe::S::kGroups > 1) ? 1 : 2;
 #else
 constexpr int kBlocks = 1;

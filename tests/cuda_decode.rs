@@ -94,6 +94,29 @@ fn with_batch_invariance_a_token_is_alone() {
     }
 }
 
+#[test]
+fn layers_as_large_as_real_ones() {
+    let Some(stream) = gpu::stream() else { return };
+    for (n, alias) in ["Bf16", "Fp8Block", "Int8Channel", "Mxfp8W8A16", "Int4", "Nvfp4W4A16"].into_iter().enumerate() {
+        let mut rng = Rng(8000 + n as u64);
+        let layer = weights::layer(&mut rng, oracle(alias), config(12, 8, 2048, 768));
+        for tokens in [1, 4, 8] {
+            check(&stream, &layer, &mut rng, tokens, Skew::Uniform);
+        }
+        // Here the groups of warps have several units, so that who does what changes from unit to unit.
+        let layer = Layer { config: MoeConfig { batch_invariant: true, ..layer.config }, ..layer };
+        let kernel = gpu::kernel(&stream, &layer, KIND, None);
+        let x = hidden(&mut rng, 8, &layer.config);
+        let (ids, weights) = route(&mut rng, 8, &layer.config, Skew::Zipf);
+        let all = gpu::forward(&stream, &kernel, &x, &ids, &weights);
+        for t in [0, 5, 7] {
+            let (row, slots) = (t * 2048..(t + 1) * 2048, t * 8..(t + 1) * 8);
+            let alone = gpu::forward(&stream, &kernel, &x[row.clone()], &ids[slots.clone()], &weights[slots]);
+            assert_eq!(all[row], alone, "{alias}, token {t}");
+        }
+    }
+}
+
 fn decode(stream: &Stream) -> impl Fn(&Layer, Option<&[i32]>) -> CudaKernel {
     move |layer, map| gpu::kernel(stream, layer, KIND, map)
 }

@@ -28,6 +28,9 @@ __device__ __forceinline__ void release_next_grid() {
 #endif
 }
 
+// Starts to bring the line at `p` from memory to L2.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Copies 16 bytes from global to shared memory in the background, past L1.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

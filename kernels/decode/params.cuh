@@ -38,9 +38,12 @@ struct DecodeParams {
     Activation activation;
     // Places of the warps' rings, and how many warps (as powers of two) share a unit of work.
     int first_depth, second_depth, first_split, second_split;
+    // Whether the groups of the first kernel's blocks take units a grid apart, else neighbours; and sending for
+    // which of its units a group lets the second kernel start.
+    int spread, release;
 };
 // src/cuda/decode.rs has the same.
-static_assert(sizeof(DecodeParams) == 200, "");
+static_assert(sizeof(DecodeParams) == 208, "");
 
 // The local expert of a global id, -1 if it is not here.
 __device__ __forceinline__ int local_expert(const DecodeParams& p, int id) {

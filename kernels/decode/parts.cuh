@@ -24,8 +24,9 @@ struct Parts {
     // What a block's warps need of shared memory.
     static __device__ __forceinline__ int bytes(int warps, int split) { return split == 0 ? 0 : 2 * warps * 32 * kBytes; }
 
-    // Adds the group's parts of its `n`th unit up, for its warp `taker`.
-    __device__ __forceinline__ void add(const Group& group, int n, int taker, int lane, float (&acc)[4]) const {
+    // Adds the group's parts of its `n`th unit up, for the one warp that `takes` them: the one with the unit's first chunk.
+    // From there on in the order of their chunks, so that a unit's bits do not depend on which warps had them.
+    __device__ __forceinline__ void add(const Group& group, int n, bool takes, int lane, float (&acc)[4]) const {
         const uint32_t mine = at + (((n & 1) * group.count + group.number) * group.size * 32 + lane) * kBytes;
         if (kOne) {
             store_8(mine + group.rank * 32 * kBytes, make_uint2(__float_as_uint(acc[0]), __float_as_uint(acc[2])));
@@ -34,15 +35,16 @@ struct Parts {
                                                                  __float_as_uint(acc[2]), __float_as_uint(acc[3])));
         }
         group.barrier();
-        if (group.rank != taker) return;
+        if (!takes) return;
         acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
 #pragma unroll 4
         for (int w = 0; w < group.size; w++) {
+            const uint32_t from = mine + ((group.rank + w) & (group.size - 1)) * 32 * kBytes;
             if (kOne) {
-                const uint2 v = read_shared<uint2>(mine + w * 32 * kBytes);
+                const uint2 v = read_shared<uint2>(from);
                 acc[0] += __uint_as_float(v.x), acc[2] += __uint_as_float(v.y);
             } else {
-                const uint4 v = read_shared<uint4>(mine + w * 32 * kBytes);
+                const uint4 v = read_shared<uint4>(from);
                 acc[0] += __uint_as_float(v.x), acc[1] += __uint_as_float(v.y);
                 acc[2] += __uint_as_float(v.z), acc[3] += __uint_as_float(v.w);
             }

@@ -99,51 +99,64 @@ struct Rows {
         if constexpr (kLift || kNeedsSums<Q, S>) __syncthreads();
     }
 
-    // Where a thread begins to load and how it goes on: found before the rows are there.
+    // What a thread will load: its vectors' offsets, found before the rows are there.
+    template <int kBatch>
     struct Walk {
-        int row, vector, rows, vectors;
+        int row, vector, rows, vectors;  // of the next batch, and how a step goes on
+        int from[kBatch];                // bytes from the first row on; -1 for zeros
+        uint32_t to[kBatch], sum[kBatch];
     };
     __device__ __forceinline__ int vectors() const { return (blocks + 1) / 2 * 16; }  // of 16 bytes, to whole stages
-    __device__ __forceinline__ Walk walk() const {
+    template <int kBatch>
+    __device__ __forceinline__ Walk<kBatch> walk() const {
         const int per_row = vectors(), t = threadIdx.x, step = blockDim.x;
-        return {t / per_row, t % per_row, step / per_row, step % per_row};
+        Walk<kBatch> w;
+        w.row = t / per_row, w.vector = t % per_row, w.rows = step / per_row, w.vectors = step % per_row;
+        next(w);
+        return w;
+    }
+    template <int kBatch>
+    __device__ __forceinline__ void next(Walk<kBatch>& w) const {
+        constexpr int kLanes = 16 / kGroups;  // of a scale group
+        const int per_row = vectors();
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) {
+            const bool exists = w.row < count;
+            w.from[b] = exists && 8 * w.vector < length ? (w.row * length + 8 * w.vector) * 2 : -1;
+            w.to[b] = exists && w.vector < blocks * 8 ? row(w.row) + 16 * w.vector : 0;
+            w.sum[b] = exists && threadIdx.x % kLanes == 0 ? sums(w.row) + w.vector / kLanes * 4 : 0;
+            w.row += w.rows, w.vector += w.vectors;
+            if (w.vector >= per_row) w.vector -= per_row, w.row++;
+        }
     }
 
     // Brings rows that are in L2, as NearTokens wants them, but for lifting: quicker than copies by the engine, which take
     // a microsecond. The whole block's; a barrier of the block must follow.
     template <int kBatch>
-    __device__ __forceinline__ void load(const typename C::T* from, Walk w) const {
-        const int lane = threadIdx.x & 31, per_row = vectors();
-        const int all = per_row * count;
+    __device__ __forceinline__ void load(const typename C::T* first, Walk<kBatch> w) const {
+        const int lane = threadIdx.x & 31, all = vectors() * count;
 #pragma unroll 1
-        for (int start = threadIdx.x - lane; start < all; start += kBatch * blockDim.x) {
+        for (int start = threadIdx.x - lane;;) {
             uint4 x[kBatch];
-            Walk at = w;
-            auto go_on = [&](Walk& to) {
-                to.row += w.rows, to.vector += w.vectors;
-                if (to.vector >= per_row) to.vector -= per_row, to.row++;
-            };
 #pragma unroll
             for (int b = 0; b < kBatch; b++) {
                 x[b] = make_uint4(0, 0, 0, 0);
-                if (w.row < count && 8 * w.vector < length) x[b] = load_16(from + (long long)w.row * length + 8 * w.vector);
-                go_on(w);
+                if (w.from[b] >= 0) x[b] = load_16(reinterpret_cast<const char*>(first) + w.from[b]);
             }
 #pragma unroll
             for (int b = 0; b < kBatch; b++) {
-                const bool exists = at.row < count;
-                if (exists && at.vector < blocks * 8) store_16(row(at.row) + 16 * at.vector, x[b]);
+                if (w.to[b] != 0) store_16(w.to[b], x[b]);
                 if constexpr (kNeedsSums<Q, S>) {
-                    constexpr int kLanes = 16 / kGroups;  // of a group
+                    constexpr int kLanes = 16 / kGroups;
                     float sum = (C::sum_of(x[b].x) + C::sum_of(x[b].y)) + (C::sum_of(x[b].z) + C::sum_of(x[b].w));
 #pragma unroll
                     for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-                    if (exists && lane % kLanes == 0) {
-                        store_4(sums(at.row) + at.vector / kLanes * 4, __float_as_uint(sum));
-                    }
+                    if (w.sum[b] != 0) store_4(w.sum[b], __float_as_uint(sum));
                 }
-                go_on(at);
             }
+            start += kBatch * blockDim.x;
+            if (start >= all) break;
+            next(w);
         }
     }
 };

@@ -45,11 +45,13 @@ struct Params {
     second_depth: i32,
     first_split: i32,
     second_split: i32,
+    spread: i32,
+    release: i32,
     _pad: i32,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<Params>() == 200);
+const _: () = assert!(size_of::<Params>() == 208);
 
 /// A layer's experts, packed and on the device, with their kernels.
 pub struct Decode {
@@ -154,13 +156,16 @@ impl Decode {
     }
 
     /// What is the same in every call.
-    fn params(&self, first: &Shape, second: &Shape) -> Params {
+    fn params(&self, plan: &Plan, second: &Shape) -> Params {
+        let first = &plan.first;
         let c = &self.config;
         Params {
             first_depth: first.depth as i32,
             second_depth: second.depth as i32,
             first_split: first.split as i32,
             second_split: second.split as i32,
+            spread: i32::from(plan.spread),
+            release: plan.release as i32,
             first: self.first.matrix,
             second: self.second.matrix,
             topk: c.topk as i32,
@@ -204,11 +209,11 @@ impl Decode {
                 middle: t.workspace.address(),
                 output: at(t.output.address(), c.hidden, 2),
                 tokens: n as i32,
-                ..self.params(&plan.first, second)
+                ..self.params(plan, second)
             };
             let kernel = self.first_kernels.of(&plan.first, n == 1 && !alone);
             let units = self.first.matrix.slabs as usize * n * c.topk;
-            let blocks = plan.first_blocks.min(units.div_ceil(plan.first.groups()));
+            let blocks = plan.first_blocks.min(units);
             // SAFETY: the parameters are those of every entry; lengths were checked, the packed experts live in `self`;
             // the rest is the caller's promise.
             unsafe { launch(stream, kernel, &plan.first, [blocks as u32, 1, 1], &params)? };
@@ -237,7 +242,7 @@ impl Decode {
             output: t.output.address(),
             counts: t.counts.address(),
             max_tokens: max as i32,
-            ..self.params(&self.batched.first, &self.batched.second)
+            ..self.params(&self.batched, &self.batched.second)
         };
         let Plan { first, second, .. } = &self.batched;
         let grid = |blocks: u32| [blocks, c.local_experts as u32, max.div_ceil(TOKENS) as u32];

@@ -69,6 +69,11 @@ impl Gpu {
         let kernel = Kernel { gpu: self.clone(), function, entry };
         // Asking makes the driver load the code now; left to the first launch, it could not be captured in a graph.
         kernel.attribute(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?;
+        // All kernels want the same split of a multiprocessor's memory, the most for shared memory: another one could only
+        // begin there once the kernel before has left, however much room there is.
+        let split = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: the function is alive and of the current context.
+        unsafe { driver!(cuFuncSetAttribute(function, split, 100)) }?;
         Ok(kernel)
     }
 }

@@ -60,6 +60,11 @@ pub struct Plan {
     pub first: Shape,
     /// Blocks of the first kernel, at most.
     pub first_blocks: usize,
+    /// Its blocks' groups take units that are far apart, so that few units come to all multiprocessors; else neighbours.
+    pub spread: bool,
+    /// When it sends for which of its units a group lets the second kernel start: what that one sends for ahead of time is to come
+    /// behind most of what the first one waits for.
+    pub release: usize,
     pub second: Shape,
 }
 
@@ -97,6 +102,14 @@ fn rows(format: Format, blocks: usize, count: usize) -> usize {
     16 + count * (blocks * 128 + 64 + blocks.div_ceil(2) * format.scales.groups().max(1) * 4)
 }
 
+/// The first kernel's part of a plan.
+struct First {
+    shape: Shape,
+    blocks: usize,
+    spread: bool,
+    release: usize,
+}
+
 impl Sizes {
     fn first_shared(&self, place: Place, tokens: usize, warps: usize, depth: usize, split: u32) -> usize {
         let ring = depth * (chunk(self.format, first_stages(self.format, place)) + 128 + 16);
@@ -114,30 +127,29 @@ impl Sizes {
     }
 
     /// For `tokens` tokens, whose rows are to be in such a place; none if they do not fit there.
-    fn first(&self, gpu: Limits, place: Place, tokens: usize) -> Option<(Shape, usize)> {
+    fn first(&self, gpu: Limits, place: Place, tokens: usize) -> Option<First> {
         let chunks = self.first_blocks.div_ceil(2 * first_stages(self.format, place));
         let units = self.first_slabs * tokens * self.topk;
         let each = units.div_ceil(gpu.multiprocessors);
         let half = self.format.codes == Codes::Half;
-        // A lone token's units are few: that many at once, and the more warps to each. Formats that take many instructions
-        // want all warps at what arrives first, 16 bits long copies; long streams want few of them at once.
-        let slow = self.format.scales.groups() > 2 || half;
-        let long = each > 64;
+        // A lone token's units are few: that many at once, and the more warps to each. Four bits, which take many
+        // instructions, want every multiprocessor at its units at once; wider ones longer copies.
+        let many = each > 64;
         // Two blocks of long copies, each wholly on one unit, are best where there is room for them.
         let room = |blocks| {
             let split = WARPS.ilog2();
             let shared = self.first_shared(place, tokens, WARPS, 1, split) + STATIC_SHARED + BLOCK_SHARED;
             blocks * shared <= gpu.shared + BLOCK_SHARED
         };
-        let whole_blocks = place == Place::Near && half && (long || room(2));
-        let long = long && place == Place::Near && self.format.codes.words() == 2;
+        let whole_blocks = place == Place::Near && half && (many || room(2));
+        let long = many && place == Place::Near && self.format.codes.words() == 2;
         let groups = match each {
             _ if whole_blocks => 1,
             _ if long => 4,
             _ if place != Place::One => 8,
             0..=2 => 2,
-            3..=8 if slow => 2,
-            3..=8 => 8,
+            3..=8 if self.format.codes.words() == 1 => 8,
+            3..=8 => 2,
             _ => 4,
         };
         let of = |warps: usize, depth: usize, blocks: usize| {
@@ -151,13 +163,18 @@ impl Sizes {
             let fits =
                 shared + STATIC_SHARED <= gpu.shared && blocks * (shared + STATIC_SHARED + BLOCK_SHARED) <= whole;
             let shape = Shape { warps, depth, split, shared, near: place != Place::Far };
-            fits.then_some((shape, blocks * gpu.multiprocessors))
+            let blocks = blocks * gpu.multiprocessors;
+            let release = (units.div_ceil(blocks * shape.groups()) * 2 / 3).min(2);
+            fits.then_some(First { shape, blocks, spread: !many && place != Place::Far, release })
         };
         let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
         let deep = if half && place == Place::One { 3 } else { 2 };
-        // Twice the warps pay where a lone token's units are long, and so few or so many that none is left over.
+        // Twice the warps pay for some formats where a lone token's units are long, and so few or so many that none is left
+        // over.
         let first_try = match place {
-            Place::One if chunks >= 16 && !(3..=16).contains(&each) => (wish, 2, 2),
+            Place::One if chunks >= 16 && (each > 16 && self.format.codes.words() != 2 || each <= 2 && half) => {
+                (wish, 2, 2)
+            }
             Place::Near if whole_blocks => (wish, 1, if room(2) { 2 } else { 1 }),
             Place::Near if long => (wish, 1, 1),
             _ => (wish, deep, 1),
@@ -187,18 +204,21 @@ impl Sizes {
 }
 
 impl Plan {
+    fn of(first: First, second: Shape) -> Self {
+        let First { shape, blocks, spread, release } = first;
+        Plan { first: shape, first_blocks: blocks, spread, release, second }
+    }
+
     /// For `tokens` tokens, 1 to 8. None if the GPU has too little shared memory for any.
     pub fn new(s: Sizes, gpu: Limits, tokens: usize) -> Option<Self> {
         let near = if tokens == 1 { Place::One } else { Place::Near };
         let first = s.first(gpu, near, tokens).or_else(|| s.first(gpu, Place::Far, tokens));
         let second = s.second(gpu, near, tokens).or_else(|| s.second(gpu, Place::Far, tokens));
-        let (first, first_blocks) = first?;
-        Some(Plan { first, first_blocks, second: second? })
+        Some(Plan::of(first?, second?))
     }
 
     /// For the batched format.
     pub fn batched(s: Sizes, gpu: Limits) -> Option<Self> {
-        let (first, first_blocks) = s.first(gpu, Place::Far, TOKENS)?;
-        Some(Plan { first, first_blocks, second: s.second(gpu, Place::Far, TOKENS)? })
+        Some(Plan::of(s.first(gpu, Place::Far, TOKENS)?, s.second(gpu, Place::Far, TOKENS)?))
     }
 }

@@ -63,9 +63,21 @@ fn few_units_get_many_warps() {
     let shape = |layer| Plan::new(sizes(INT4.0, INT4.1, layer), H200, 1).unwrap();
     // 768 units for 132 multiprocessors: eight at once; 256: two at once, with all warps that there is room for.
     assert_eq!(shape(QWEN3).first.groups(), 8);
-    assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (1, 264));
+    assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (2, 132));
     // As many slabs of the output as multiprocessors: a block to each.
     assert_eq!((shape(QWEN3).second.groups(), shape(DEEPSEEK_TP8).second.groups()), (1, 2));
+}
+
+#[test]
+fn few_units_are_spread_and_the_second_kernel_starts_behind_most_loads() {
+    let plan = |(codes, scales), layer, tokens| Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
+    let fp8 = (Codes::E4m3, StageScales::None);
+    // 768 units, a block for every multiprocessor: one to each of 1056 groups, or three to each of 264.
+    let (four, eight) = (plan(INT4, QWEN3, 1), plan(fp8, QWEN3, 1));
+    assert_eq!((four.first_blocks, four.first.groups(), four.spread, four.release), (132, 8, true, 0));
+    assert_eq!((eight.first_blocks, eight.first.groups(), eight.spread, eight.release), (132, 2, true, 2));
+    // 14336 units: neighbours in memory stay together.
+    assert!(plan(fp8, MIXTRAL, 1).spread && !plan(fp8, MIXTRAL, 4).spread);
 }
 
 #[test]

@@ -202,6 +202,7 @@ impl Bench<'_> {
             peer: best.as_ref().map(|p| p.name.to_owned()),
             peer_us: best.as_ref().map(|p| p.us),
             vs_peer: best.as_ref().map(|p| report::rounded(t.timed.us / p.us)),
+            peer_ratio: best.as_ref().and_then(|p| p.ratio).map(report::rounded),
         };
         Row::new(served, bounds, t.timed, Some(gpu))
     }

@@ -184,6 +184,8 @@ pub struct GpuRow {
     pub peer_us: Option<f64>,
     /// `us / peer_us`
     pub vs_peer: Option<f64>,
+    /// The peer's time over the floor for the experts that its own routing hit: to compare with `ratio`.
+    pub peer_ratio: Option<f64>,
 }
 
 /// What was measured, beside the number of tokens.
@@ -264,8 +266,8 @@ pub fn print(out: &mut Out, presets: &[&Preset], report: &Report, notes: &[Strin
         out.line(match report.limits {
             Bounds::Cpu(_) => format!("{COMMON_TITLE} {:>9} {:>6} {:>6} {:>6}", "GFLOP/s", "read", "f32", "int8"),
             Bounds::Gpu(_) => format!(
-                "{COMMON_TITLE} {:>8} {:>8} {:>6} {:>6} {:>6} {:>10} {:>9} {:>5}  peer",
-                "TFLOP/s", "host us", "calls", "copies", "warm", "workspace", "peer us", "ours/"
+                "{COMMON_TITLE} {:>8} {:>8} {:>6} {:>6} {:>6} {:>10} {:>9} {:>5} {:>6}  peer",
+                "TFLOP/s", "host us", "calls", "copies", "warm", "workspace", "peer us", "ours/", "ratio"
             ),
         })?;
         rows().try_for_each(|r| out.line(r.line()))?;
@@ -280,7 +282,10 @@ pub fn print(out: &mut Out, presets: &[&Preset], report: &Report, notes: &[Strin
         out.line("")?;
         out.line("us: a call in a graph of `calls` calls, each with its own inputs and routing; host us: to launch one eagerly;")?;
         out.line(
-            "warm: share of the weights that L2 may have held; experts, bytes and floor are of the experts really hit",
+            "warm: share of the weights that L2 may have held; experts, bytes and floor are of the experts really hit,",
+        )?;
+        out.line(
+            "which may be others than the peer's; the last ratio is the peer's, over the floor for the experts that it hit",
         )?;
     }
     Ok(())
@@ -327,7 +332,10 @@ impl Row {
             g.workspace_bytes
         );
         match (&g.peer, g.peer_us, g.vs_peer) {
-            (Some(peer), Some(us), Some(vs)) => format!("{ours} {us:>9.1} {vs:>5.2}  {peer}"),
+            (Some(peer), Some(us), Some(vs)) => {
+                let ratio = g.peer_ratio.map_or("-".into(), |r| format!("{r:.2}"));
+                format!("{ours} {us:>9.1} {vs:>5.2} {ratio:>6}  {peer}")
+            }
             _ => ours,
         }
     }
@@ -375,10 +383,11 @@ mod tests {
             peer: Some("p".into()),
             peer_us: Some(10.0),
             vs_peer: Some(0.5),
+            peer_ratio: Some(1.25),
         };
         let row = Row::new(&served, &gpu(Some(800.0)), timed(), Some(extra));
         assert_eq!((row.floor_us, row.ratio, row.gbps), (2.0, 2.5, 1600.0));
-        assert!(row.line().ends_with(" 0.50  p") && row.line().contains(" 25% "), "{}", row.line());
+        assert!(row.line().ends_with(" 0.50   1.25  p") && row.line().contains(" 25% "), "{}", row.line());
         let json = serde_json::to_value(&row).unwrap();
         assert_eq!((&json["device"], &json["host_us"], &json["peer"]), (&"cuda:0".into(), &7.0.into(), &"p".into()));
         let plain = serde_json::to_value(Row::new(&served, &gpu(None), timed(), None)).unwrap();

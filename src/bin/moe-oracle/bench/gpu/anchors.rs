@@ -32,6 +32,7 @@ struct Layer {
     peer: String,
     tokens: usize,
     us: f64,
+    floor_us: Option<f64>,
 }
 
 /// The fastest peer of a cell.
@@ -41,6 +42,8 @@ pub struct Peer<'a> {
     pub name: &'a str,
     /// Its time of a call.
     pub us: f64,
+    /// That over the floor for the experts that its own routing hit, which may be others than here.
+    pub ratio: Option<f64>,
 }
 
 fn usable(x: f64) -> bool {
@@ -57,8 +60,12 @@ impl Anchors {
 
     fn parse(text: &str) -> Result<Self, String> {
         let anchors: Self = serde_json::from_str(text).map_err(|e| format!("not a file of anchors: {e}"))?;
-        let numbers =
-            anchors.layers.iter().map(|l| l.us).chain(anchors.limits.read_gbps).chain(anchors.limits.bf16_tflops);
+        let numbers = anchors
+            .layers
+            .iter()
+            .flat_map(|l| [l.us].into_iter().chain(l.floor_us))
+            .chain(anchors.limits.read_gbps)
+            .chain(anchors.limits.bf16_tflops);
         match numbers.into_iter().find(|n| !usable(*n)) {
             Some(n) => Err(format!("a time or limit of {n} makes no sense")),
             None => Ok(anchors),
@@ -76,7 +83,8 @@ impl Anchors {
     /// names of their own (`mxfp4-a8`) and are no peers of the plain one.
     pub fn best(&self, preset: &str, scheme: &str, tokens: usize) -> Option<Peer<'_>> {
         let same = self.layers.iter().filter(|l| l.preset == preset && l.scheme == scheme && l.tokens == tokens);
-        same.min_by(|a, b| a.us.total_cmp(&b.us)).map(|l| Peer { name: &l.peer, us: l.us })
+        let best = same.min_by(|a, b| a.us.total_cmp(&b.us));
+        best.map(|l| Peer { name: &l.peer, us: l.us, ratio: l.floor_us.map(|floor| l.us / floor) })
     }
 }
 
@@ -86,7 +94,9 @@ mod tests {
 
     fn anchors(us: &str) -> Result<Anchors, String> {
         let row = |peer, scheme, tokens, us: &str| {
-            format!(r#"{{"preset":"a","peer":"{peer}","scheme":"{scheme}","tokens":{tokens},"us":{us},"more":[]}}"#)
+            format!(
+                r#"{{"preset":"a","peer":"{peer}","scheme":"{scheme}","tokens":{tokens},"us":{us},"floor_us":13.5,"more":[]}}"#
+            )
         };
         let rows = [
             row("slow", "mxfp4", 4, "30.5"),
@@ -104,7 +114,7 @@ mod tests {
     #[test]
     fn the_best_peer_is_the_fastest_of_the_very_cell() {
         let a = anchors("20.25").unwrap();
-        assert_eq!(a.best("a", "mxfp4", 4), Some(Peer { name: "fast", us: 20.25 }));
+        assert_eq!(a.best("a", "mxfp4", 4), Some(Peer { name: "fast", us: 20.25, ratio: Some(1.5) }));
         assert_eq!(a.best("a", "mxfp4", 1).map(|p| p.name), Some("fewer"));
         assert_eq!(a.best("a", "mxfp4-a8", 4).map(|p| p.name), Some("other"));
         for (preset, scheme, tokens) in [("b", "mxfp4", 4), ("a", "mxfp", 4), ("a", "mxfp4", 2)] {
