@@ -58,12 +58,12 @@ struct Epilogue {
     }
 
     // From there through the activation to planes, four results at a time; the last block fills the last plane up.
-    template <class F>
+    template <int kUnroll, class F>
     __device__ __forceinline__ void write_planes(F activation) const {
         const bool pairs = gated(p.activation);
         const int slab_width = pairs ? 8 : 16, first = first_slab * slab_width;
         const int filled = p.weights.slabs * slab_width - first, shift = pairs ? S::kFours - 1 : S::kFours;
-#pragma unroll 2
+#pragma unroll kUnroll
         for (int i = threadIdx.x; i < task.count << shift; i += S::kThreads) {
             const int c = i >> shift, at = (i - (c << shift)) * 4, column = first + at, row = task.start + c;
             if (column >= p.out_columns) continue;
@@ -84,12 +84,11 @@ struct Epilogue {
     __device__ __forceinline__ void write_activated() const {
         // The usual one without branches in the loop.
         if (p.activation.kind == kSilu) {
-            write_planes([&](float g, float u) { return apply({kSilu, 0.f, 0.f, p.activation.limit}, g, u); });
+            write_planes<2>([&](float g, float u) { return apply({kSilu, 0.f, 0.f, p.activation.limit}, g, u); });
         } else {
-            write_planes([&](float g, float u) { return apply_any(g, u); });
+            write_planes<1>([&](float g, float u) { return apply(p.activation, g, u); });
         }
     }
-    __device__ __noinline__ float apply_any(float g, float u) const { return apply(p.activation, g, u); }
 
     // From there to rows.
     __device__ __forceinline__ void write_rows() const {

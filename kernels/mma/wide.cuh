@@ -243,6 +243,9 @@ __device__ __forceinline__ void wide(const GemmParams& p) {
     release_next_grid();
     const Task task = task_of(p);
     if (task.expert < 0) return;
+    // Behind the barriers until the sums are done: registers are scarce.
+    const uint32_t keep = memory + 2 * kBarriers;
+    if (threadIdx.x == 0) store_16(keep, make_uint4(task.expert, task.start, task.count, task.row_tile));
     Wide<kN> gemm(p, task, memory, uniform(threadIdx.x >> 5));
     typename Wide<kN>::Cursor copies = gemm.begin_copies();
     gemm.fill(copies);
@@ -253,7 +256,11 @@ __device__ __forceinline__ void wide(const GemmParams& p) {
         case 3: gemm.template multiply<6>(copies); break;
         default: gemm.template multiply<8>(copies);
     }
-    Epilogue<kN>{p, task, gemm.warp, gemm.lane, gemm.slab.first}.write(gemm.dequant, gemm.acc);
+    __syncthreads();
+    const uint4 kept = read_shared<uint4>(keep);
+    const Task same{static_cast<int>(kept.x), static_cast<int>(kept.y), static_cast<int>(kept.z), static_cast<int>(kept.w)};
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    Epilogue<kN>{p, same, warp, lane, same.row_tile * Shape<kN>::kSlabs}.write(gemm.dequant, gemm.acc);
 }
 
 }  // namespace moe
