@@ -390,7 +390,7 @@ impl Mma {
             ..common
         };
         for params in [first, second] {
-            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs(format));
+            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs(self.format));
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
             let launch = Launch::new(blocks as u32, 32 * WARPS as u32).shared(ring.shared as u32).overlap(true);
