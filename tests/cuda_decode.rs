@@ -24,55 +24,31 @@ fn check(stream: &Stream, layer: &Layer, rng: &mut Rng, tokens: usize, skew: Ske
 #[test]
 fn every_oracle_is_near_float64() {
     let Some(stream) = gpu::stream() else { return };
-    for (n, oracle) in ORACLES.iter().enumerate() {
-        for (m, (h, i)) in [(2880, 32), (64, 1408), (704, 96), (96, 352), (192, 192)].into_iter().enumerate() {
-            for input in [InputType::Bf16, InputType::F16] {
-                let mut rng = Rng((n * 100 + m) as u64);
-                let bias = (n + m) % 3 == 0;
-                let activation = if m % 2 == 0 { Activation::SILU } else { Activation::Relu2NoMul };
-                let c = MoeConfig { input, bias, activation, ..config(4, 2, h, i) };
-                let layer = weights::layer(&mut rng, oracle, c);
-                for tokens in [1, 7] {
-                    check(&stream, &layer, &mut rng, tokens, Skew::Uniform);
-                }
-            }
+    packed::every_oracle(|_, layer, rng| {
+        for tokens in [1, 7] {
+            check(&stream, layer, rng, tokens, Skew::Uniform);
         }
-    }
+    });
 }
 
 #[test]
 fn every_activation_with_biases() {
     let Some(stream) = gpu::stream() else { return };
-    let situ = Activation::Situ { beta: 2.0, linear_beta: Some(1.5) };
-    let more = [Activation::Silu { limit: Some(1.5) }, Activation::SwigluStep { limit: 1.25 }, situ];
-    for (n, activation) in Activation::ALL.into_iter().chain(more).enumerate() {
-        for alias in ["Bf16", "Mxfp4W4A16", "Int4Asym"] {
-            let mut rng = Rng(1000 + n as u64);
-            let c = MoeConfig { activation, bias: true, ..config(5, 3, 96, 192) };
-            let layer = weights::layer(&mut rng, oracle(alias), c);
-            check(&stream, &layer, &mut rng, 1, Skew::Zipf);
-            check(&stream, &layer, &mut rng, 7, Skew::Zipf);
+    packed::every_activation(|layer, rng| {
+        for tokens in [1, 7] {
+            check(&stream, layer, rng, tokens, Skew::Zipf);
         }
-    }
+    });
 }
 
 #[test]
 fn every_skew_and_number_of_tokens() {
     let Some(stream) = gpu::stream() else { return };
-    for (e, k) in [(512, 10), (16, 8), (1, 1), (40, 32)] {
-        for alias in ["Bf16", "Nvfp4W4A16", "Fp8Block", "Int8ChannelWeightOnly"] {
-            for (weight_on_input, skew) in
-                [(false, Skew::Uniform), (true, Skew::Same), (false, Skew::Zipf), (true, Skew::Holes)]
-            {
-                let mut rng = Rng(3000);
-                let c = MoeConfig { weight_on_input, ..config(e, k, 96, 32) };
-                let layer = weights::layer(&mut rng, oracle(alias), c);
-                for tokens in [0, 1, 2, 3, 4, 8, 9, 33] {
-                    check(&stream, &layer, &mut rng, tokens, skew);
-                }
-            }
+    packed::every_skew(|layer, rng, skew| {
+        for tokens in [0, 1, 2, 3, 4, 8, 9, 33] {
+            check(&stream, layer, rng, tokens, skew);
         }
-    }
+    });
 }
 
 #[test]

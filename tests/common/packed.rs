@@ -2,7 +2,7 @@
 
 use super::reference::Reference;
 use super::{Layer, Rng, Skew, gpu, hidden, relative_error, route, weights};
-use moe_oracle::config::{ActivationFormat, InputType, MoeConfig, Parallel};
+use moe_oracle::config::{Activation, ActivationFormat, InputType, MoeConfig, Parallel};
 use moe_oracle::cuda::pack::{Codes, PackedExperts};
 use moe_oracle::cuda::{CudaKernel, Stream};
 use moe_oracle::oracle::{DynOracle, ORACLES};
@@ -62,6 +62,52 @@ pub fn check(
     assert!(have.iter().all(|v| !v.is_nan()), "{}: not all written", layer.oracle.alias);
     assert_eq!(call.replay(stream, kernel), bits, "{}: a graph's replay differs", layer.oracle.alias);
     bits
+}
+
+/// Layers of every oracle and odd sizes, numbered, for `check`.
+pub fn every_oracle(mut check: impl FnMut(usize, &Layer, &mut Rng)) {
+    for (n, oracle) in ORACLES.iter().enumerate() {
+        for (m, (h, i)) in [(2880, 32), (64, 1408), (704, 96), (96, 352), (192, 192)].into_iter().enumerate() {
+            for input in [InputType::Bf16, InputType::F16] {
+                let mut rng = Rng((n * 100 + m) as u64);
+                let bias = (n + m) % 3 == 0;
+                let activation = if m % 2 == 0 { Activation::SILU } else { Activation::Relu2NoMul };
+                let c = MoeConfig { input, bias, activation, ..MoeConfig::new(4, 2, h, i) };
+                let layer = weights::layer(&mut rng, oracle, c);
+                check(n + m, &layer, &mut rng);
+            }
+        }
+    }
+}
+
+/// Layers of every activation, with biases.
+pub fn every_activation(mut check: impl FnMut(&Layer, &mut Rng)) {
+    let situ = Activation::Situ { beta: 2.0, linear_beta: Some(1.5) };
+    let more = [Activation::Silu { limit: Some(1.5) }, Activation::SwigluStep { limit: 1.25 }, situ];
+    for (n, activation) in Activation::ALL.into_iter().chain(more).enumerate() {
+        for alias in ["Bf16", "Mxfp4W4A16", "Int4Asym"] {
+            let mut rng = Rng(1000 + n as u64);
+            let c = MoeConfig { activation, bias: true, ..MoeConfig::new(5, 3, 96, 192) };
+            let layer = weights::layer(&mut rng, oracle(alias), c);
+            check(&layer, &mut rng);
+        }
+    }
+}
+
+/// Layers of many, few and one expert, each with every kind of routing.
+pub fn every_skew(mut check: impl FnMut(&Layer, &mut Rng, Skew)) {
+    for (e, k) in [(512, 10), (16, 8), (1, 1), (40, 32)] {
+        for alias in ["Bf16", "Nvfp4W4A16", "Fp8Block", "Int8ChannelWeightOnly"] {
+            for (weight_on_input, skew) in
+                [(false, Skew::Uniform), (true, Skew::Same), (false, Skew::Zipf), (true, Skew::Holes)]
+            {
+                let mut rng = Rng(3000);
+                let c = MoeConfig { weight_on_input, ..MoeConfig::new(e, k, 96, 32) };
+                let layer = weights::layer(&mut rng, oracle(alias), c);
+                check(&layer, &mut rng, skew);
+            }
+        }
+    }
 }
 
 /// Makes a layer's kernel, for the experts of a map if there is one.
