@@ -1,0 +1,225 @@
+//! The micro-kernel of int8 activations: dot products of bytes, a float operation or three per block.
+//!
+//! A code becomes a byte c, its weight being c - z for a zero point z that is the same for all columns of a block. A
+//! row's share of a block is then s * (sum of c * q - z * sum of q), where the bracket is computed exactly: |c|, |z| and
+//! |q| are below 256, 256 and 128, so that sums over 32 columns stay below 2^21.
+//!
+//! The integers are exact, and the few float operations per block are the same everywhere and never fused: results do
+//! not depend on the instruction set, nor on which tokens are computed together.
+
+use super::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
+use super::int8::{BLOCK, HEAD, bias};
+use super::isa::Isa;
+use super::kernel::{Job, PREFETCH};
+
+/// A panel times the int8 forms `job.x`.
+///
+/// # Safety
+///
+/// As for [`super::kernel::PanelFn`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+pub(super) unsafe fn panel<I: Isa, F: Bytes>(job: &mut Job<'_>) {
+    // Scales that are read often have code of their own, without a choice per block.
+    match job.shape.scale {
+        GroupScale::E8m0 if F::SMALL_GROUPS => tokens::<I, F>(job, GroupScale::E8m0),
+        GroupScale::E4m3 if F::SMALL_GROUPS => tokens::<I, F>(job, GroupScale::E4m3),
+        GroupScale::None if !F::SMALL_GROUPS => tokens::<I, F>(job, GroupScale::None),
+        scale => tokens::<I, F>(job, scale),
+    }
+}
+
+/// The same; `scale` is that of the shape.
+///
+/// # Safety
+///
+/// As for [`panel`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn tokens<I: Isa, F: Bytes>(job: &mut Job<'_>, scale: GroupScale) {
+    let tokens = job.x.len();
+    let mut t = 0;
+    while t < tokens {
+        let left = tokens - t;
+        if I::LANES == 16 {
+            // Twelve sums of integers and twelve of floats in 32 registers; tiles of nearly the same size.
+            let m = left.div_ceil(left.div_ceil(6));
+            match m {
+                1 => tile::<I, F, 1, 2>(job, t, 0, scale),
+                2 => tile::<I, F, 2, 2>(job, t, 0, scale),
+                3 => tile::<I, F, 3, 2>(job, t, 0, scale),
+                4 => tile::<I, F, 4, 2>(job, t, 0, scale),
+                5 => tile::<I, F, 5, 2>(job, t, 0, scale),
+                _ => tile::<I, F, 6, 2>(job, t, 0, scale),
+            }
+            t += m;
+            continue;
+        }
+        let m = left.div_ceil(left.div_ceil(4));
+        match m {
+            // All rows at once: the panel is read in one go.
+            1 => tile::<I, F, 1, 4>(job, t, 0, scale),
+            _ => {
+                for row in (0..PANEL).step_by(I::LANES) {
+                    match m {
+                        2 => tile::<I, F, 2, 1>(job, t, row, scale),
+                        3 => tile::<I, F, 3, 1>(job, t, row, scale),
+                        _ => tile::<I, F, 4, 1>(job, t, row, scale),
+                    }
+                }
+            }
+        }
+        t += m;
+    }
+}
+
+/// `V` vectors of rows from `row` on for tokens `t .. t + M`.
+///
+/// # Safety
+///
+/// As for [`panel`]; the tokens exist and `row + V * LANES <= 32`.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn tile<I: Isa, F: Bytes, const M: usize, const V: usize>(
+    job: &mut Job<'_>,
+    t: usize,
+    row: usize,
+    scale: GroupScale,
+) {
+    let shape = job.shape;
+    let step = 4 * F::FOURS;
+    let base = job.panel.as_ptr();
+    let mut p = base.add(shape.head());
+    let mut x: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
+    let mut acc = [[I::splat(0.0); V]; M];
+    let mut k = 0;
+    while k < shape.cols {
+        let len = shape.group.min(shape.cols - k);
+        let scales = p;
+        let zeros = p.add(scale.bytes());
+        p = if F::ZERO { zeros.add(PANEL) } else { zeros };
+        let mut left = len;
+        while left > 0 {
+            let steps = BLOCK.min(left).div_ceil(step);
+            if t == 0 && row == 0 {
+                for line in 0..2 * steps {
+                    I::prefetch(p.wrapping_add(PREFETCH + 64 * line));
+                }
+            }
+            // Whole blocks are unrolled.
+            let at = p.add(4 * row);
+            let sums = match steps * step {
+                BLOCK => block::<I, F, M, V, BLOCK>(BLOCK, at, &x),
+                columns => block::<I, F, M, V, 0>(columns, at, &x),
+            };
+            for v in 0..V {
+                let lane = row + v * I::LANES;
+                let weight = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, lane) };
+                for m in 0..M {
+                    let sum = match F::ZERO {
+                        true => {
+                            let q = I::splat_int(x[m].add(4).cast::<i32>().read());
+                            I::corrected(sums[m][v], I::u8_int(zeros.add(lane)), q)
+                        }
+                        false => sums[m][v],
+                    };
+                    let y = I::to_float(sum);
+                    let y = if scale == GroupScale::None { y } else { I::mul(y, weight) };
+                    acc[m][v] = I::add(acc[m][v], I::mul(y, I::splat(x[m].cast::<f32>().read())));
+                }
+            }
+            p = p.add(steps * STEP_BYTES);
+            for x in &mut x {
+                *x = x.add(HEAD + steps * step);
+            }
+            left = left.saturating_sub(BLOCK);
+        }
+        k += len;
+    }
+    for v in 0..V {
+        let at = row + v * I::LANES;
+        let factor = I::load(base.cast::<f32>().add(at));
+        for m in 0..M {
+            let mut y = I::mul(acc[m][v], factor);
+            if shape.bias {
+                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
+            }
+            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+        }
+    }
+}
+
+/// The sums of products of a block of `columns` (`COLUMNS`, unless that is 0), the weights' offset taken off unless it is
+/// that of zero points.
+///
+/// # Safety
+///
+/// As for [`tile`]; `p` is the codes of the first row in the block's first step, each of `x` the block's form.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn block<I: Isa, F: Bytes, const M: usize, const V: usize, const COLUMNS: usize>(
+    columns: usize,
+    p: *const u8,
+    x: &[*const u8; M],
+) -> [[I::Ints; V]; M] {
+    let fours = if COLUMNS == 0 { columns } else { COLUMNS } / 4;
+    let mut sums = [[I::splat_int(0); V]; M];
+    for m in 0..M {
+        let start = x[m].add(4).cast::<i32>().read();
+        sums[m] = [I::splat_int(if F::ZERO { start * bias::<I, F>() } else { start }); V];
+    }
+    let mut four = 0;
+    if I::DEPTH == 4 && !F::BIASED {
+        while four + 4 <= fours {
+            some::<I, F, M, V, 4>(four, p, x, &mut sums);
+            four += 4;
+        }
+    }
+    while four < fours {
+        some::<I, F, M, V, 1>(four, p, x, &mut sums);
+        four += 1;
+    }
+    sums
+}
+
+/// Adds the products of `4 * N` columns from `4 * four` on.
+///
+/// # Safety
+///
+/// As for [`block`], which has these columns.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn some<I: Isa, F: Bytes, const M: usize, const V: usize, const N: usize>(
+    four: usize,
+    p: *const u8,
+    x: &[*const u8; M],
+    sums: &mut [[I::Ints; V]; M],
+) {
+    // No closure: one that is not inlined calls every intrinsic as a function.
+    let mut w = [[codes::<I, F>(p, four); N]; V];
+    for v in 0..V {
+        for n in 0..N {
+            w[v][n] = codes::<I, F>(p.add(4 * v * I::LANES), four + n);
+        }
+    }
+    for m in 0..M {
+        let mut q = [I::four(x[m].add(HEAD + 4 * four)); N];
+        for n in 1..N {
+            q[n] = I::four(x[m].add(HEAD + 4 * (four + n)));
+        }
+        for v in 0..V {
+            sums[m][v] = I::dot(sums[m][v], w[v], q, !F::BIASED);
+        }
+    }
+}
+
+/// Four columns of `LANES` rows of a block.
+///
+/// # Safety
+///
+/// As for [`some`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn codes<I: Isa, F: Bytes>(p: *const u8, four: usize) -> I::Bytes {
+    F::decode::<I>(p.add(four / F::FOURS * STEP_BYTES), four % F::FOURS)
+}
