@@ -88,6 +88,9 @@ unsafe fn tile<I: Isa, F: Bytes, const M: usize, const V: usize>(
 ) {
     let shape = job.shape;
     let step = 4 * F::FOURS;
+    // With few tokens so few instructions are left that the processor itself has enough loads under way; asking for more
+    // only takes their places. Otherwise the first tile asks for what comes, for all.
+    let fetch = M > if F::BIASED { 3 } else { 1 } && t == 0 && row == 0;
     let base = job.panel.as_ptr();
     let mut p = base.add(shape.head());
     let mut x: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
@@ -101,16 +104,12 @@ unsafe fn tile<I: Isa, F: Bytes, const M: usize, const V: usize>(
         let mut left = len;
         while left > 0 {
             let steps = BLOCK.min(left).div_ceil(step);
-            if t == 0 && row == 0 {
-                for line in 0..2 * steps {
-                    I::prefetch(p.wrapping_add(PREFETCH + 64 * line));
-                }
-            }
             // Whole blocks are unrolled.
             let at = p.add(4 * row);
-            let sums = match steps * step {
-                BLOCK => block::<I, F, M, V, BLOCK>(BLOCK, at, &x),
-                columns => block::<I, F, M, V, 0>(columns, at, &x),
+            let sums = match (steps * step, fetch) {
+                (BLOCK, true) => block::<I, F, M, V, BLOCK, true>(BLOCK, at, &x),
+                (BLOCK, false) => block::<I, F, M, V, BLOCK, false>(BLOCK, at, &x),
+                (columns, _) => block::<I, F, M, V, 0, false>(columns, at, &x),
             };
             for v in 0..V {
                 let lane = row + v * I::LANES;
@@ -157,7 +156,7 @@ unsafe fn tile<I: Isa, F: Bytes, const M: usize, const V: usize>(
 /// As for [`tile`]; `p` is the codes of the first row in the block's first step, each of `x` the block's form.
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
-unsafe fn block<I: Isa, F: Bytes, const M: usize, const V: usize, const COLUMNS: usize>(
+unsafe fn block<I: Isa, F: Bytes, const M: usize, const V: usize, const COLUMNS: usize, const FETCH: bool>(
     columns: usize,
     p: *const u8,
     x: &[*const u8; M],
@@ -171,11 +170,21 @@ unsafe fn block<I: Isa, F: Bytes, const M: usize, const V: usize, const COLUMNS:
     let mut four = 0;
     if I::DEPTH == 4 && !F::BIASED {
         while four + 4 <= fours {
+            if FETCH {
+                for line in 0..4 / F::FOURS * STEP_BYTES / 64 {
+                    I::prefetch(p.wrapping_add(PREFETCH + four / F::FOURS * STEP_BYTES + 64 * line));
+                }
+            }
             some::<I, F, M, V, 4>(four, p, x, &mut sums);
             four += 4;
         }
     }
     while four < fours {
+        if FETCH && four % F::FOURS == 0 {
+            let step = p.wrapping_add(PREFETCH + four / F::FOURS * STEP_BYTES);
+            I::prefetch(step);
+            I::prefetch(step.wrapping_add(64));
+        }
         some::<I, F, M, V, 1>(four, p, x, &mut sums);
         four += 1;
     }
