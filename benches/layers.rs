@@ -25,25 +25,29 @@ use moe_oracle::platform::Platform;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// A format's layer on a backend, with the bytes that the use of an expert must read; `None` where there is no such.
-fn kernel(
-    format: &Format,
-    config: &MoeConfig,
-    backend: MoeBackend,
-) -> Option<(MoeKernel<Standard, Box<dyn Experts>>, &'static KernelInfo, usize)> {
+struct Served {
+    kernel: MoeKernel<Standard, Box<dyn Experts>>,
+    info: &'static KernelInfo,
+    /// What the use of an expert must read.
+    expert_bytes: usize,
+}
+
+/// A format's layer on a backend; `None` where the format has no such.
+fn serve(format: &Format, config: &MoeConfig, backend: MoeBackend) -> Option<Served> {
     let platform = Platform::cpu();
-    let (oracle, weights) = common::weights_of(format, config);
-    let choice = oracle.select(config, &platform, &SelectInputs::named(backend)).ok()?;
+    let (oracle, weights) = common::weights(format, config);
+    let info = oracle.select(config, &platform, &SelectInputs::named(backend)).ok()?;
     let expert_bytes = weights.experts.first().map_or(0, |e| e.bytes());
     let quant = oracle.quant_config(config, &weights).expect("no stored input scales needed");
-    let packed = oracle.convert(choice, config, &platform, weights).expect("consistent weights");
+    let packed = oracle.convert(info, config, &platform, weights).expect("consistent weights");
     let experts = packed.into_experts(config, quant).expect("experts");
-    Some((MoeKernel::new(experts, config, None).expect("a consistent layer"), choice, expert_bytes))
+    let kernel = MoeKernel::new(experts, config, None).expect("a consistent layer");
+    Some(Served { kernel, info, expert_bytes })
 }
 
 fn layers(c: &mut Criterion) {
     for format in &FORMATS {
-        let (kernel, ..) = kernel(format, &CONFIG, MoeBackend::Auto).expect("a layer that the CPU serves");
+        let Served { kernel, .. } = serve(format, &CONFIG, MoeBackend::Auto).expect("a layer that the CPU serves");
         let mut group = c.benchmark_group(format!("layer/{}", format.0));
         for tokens in [1usize, 32] {
             let x = vec![0.5f32; tokens * CONFIG.hidden];
@@ -82,7 +86,7 @@ fn cold(c: &mut Criterion) {
     for format in FORMATS.iter().filter(|f| ["bf16", "fp8-block", "int8", "mxfp4", "nvfp4", "int4-g128"].contains(&f.0))
     {
         for backend in [MoeBackend::Auto, a8] {
-            let Some((kernel, info, expert_bytes)) = kernel(format, &COLD, backend) else { continue };
+            let Some(Served { kernel, info, expert_bytes }) = serve(format, &COLD, backend) else { continue };
             let mut group = c.benchmark_group(format!("cold/{}/{}", format.0, info.name));
             group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(1));
             for tokens in [1usize, 128] {

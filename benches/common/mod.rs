@@ -52,13 +52,8 @@ fn matrix(format: &Format, rows: usize, cols: usize) -> WeightMatrix {
     WeightMatrix { rows, cols, elem, codes: Bytes::from(codes), scales: scales(rows, cols) }
 }
 
-/// The small layer's weights and their oracle.
-pub fn weights(format: &Format) -> (&'static DynOracle, MoeWeights) {
-    weights_of(format, &CONFIG)
-}
-
 /// A layer's weights, the same for all experts, and their oracle.
-pub fn weights_of(format: &Format, config: &MoeConfig) -> (&'static DynOracle, MoeWeights) {
+pub fn weights(format: &Format, config: &MoeConfig) -> (&'static DynOracle, MoeWeights) {
     let oracle = ORACLES.iter().find(|o| o.alias == format.1).expect("an alias of the table");
     let (h, i) = (config.hidden, config.intermediate);
     let expert = ExpertWeights {

@@ -6,6 +6,7 @@
 
 use super::isa::Isa;
 use super::{Rounding, fixed, int8, scaled};
+use crate::platform::CpuIsa;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 32;
@@ -27,7 +28,7 @@ pub(super) enum Code {
     Int8,
     /// By column, with zero points.
     U8Zero,
-    /// By row, 4 columns each, around 128: int8 and u8, for int8 activations.
+    /// By row, 4 columns each, around 128: int8 and u8, for dot products of bytes.
     Int8Rows,
     /// By row, 4 columns each, with zero points, for int8 activations.
     U8ZeroRows,
@@ -62,6 +63,8 @@ pub(super) enum Form {
     Plain,
     /// Fixed point, see `fixed`; depends on the group's size.
     Fixed,
+    /// The same for int8 weights.
+    FixedWide,
     /// A common scale, see `scaled`.
     Scaled,
     /// int8 with a scale per block, see `int8`; depends on the group's size and on the code.
@@ -154,11 +157,20 @@ impl Shape {
             + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
     }
 
+    /// The same matrix as it suits an instruction set best: with VNNI, int8 takes exact activations in parts.
+    pub(super) fn for_isa(self, isa: CpuIsa) -> Self {
+        match (self.code, isa) {
+            (Code::Int8, CpuIsa::Avx512Vnni) => Self { code: Code::Int8Rows, ..self },
+            _ => self,
+        }
+    }
+
     /// How kernels take activations.
     pub(super) fn form(&self) -> Form {
         match self.code {
             _ if self.rounding != Rounding::None => Form::Int8,
             Code::E2m1 | Code::U4 | Code::U4Zero => Form::Fixed,
+            Code::Int8Rows => Form::FixedWide,
             Code::E4m3 => Form::Scaled,
             _ => Form::Plain,
         }
@@ -168,7 +180,8 @@ impl Shape {
     pub(super) fn form_len(&self) -> usize {
         match self.form() {
             Form::Plain => 0,
-            Form::Fixed => fixed::len(self.cols, self.group),
+            Form::Fixed => fixed::len::<false>(self.cols, self.group),
+            Form::FixedWide => fixed::len::<true>(self.cols, self.group),
             Form::Scaled => scaled::HEAD + self.cols,
             Form::Int8 => int8::len(self),
         }
@@ -177,7 +190,7 @@ impl Shape {
     /// Whether kernels of both shapes read the same form of a row.
     pub(super) fn form_like(&self, other: &Self) -> bool {
         match (self.form(), other.form()) {
-            (Form::Fixed, Form::Fixed) => self.group == other.group,
+            (Form::Fixed, Form::Fixed) | (Form::FixedWide, Form::FixedWide) => self.group == other.group,
             (Form::Int8, Form::Int8) => (self.group, self.code) == (other.group, other.code),
             (a, b) => a == b,
         }

@@ -15,6 +15,8 @@ use super::isa::Isa;
 
 /// Columns of a block.
 pub(super) const BLOCK: usize = 32;
+/// Columns of a step of bytes.
+pub(super) const BYTES_STEP: usize = 4;
 /// Bytes of a block before its numbers.
 pub(super) const HEAD: usize = 8;
 

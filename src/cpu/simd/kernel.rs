@@ -242,11 +242,18 @@ macro_rules! entries {
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn dots<F: Bytes>(job: &mut Job<'_>) {
-                dot::panel::<$isa, F>(job)
+                dot::panel::<$isa, F, 1>(job)
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            #[allow(unsafe_op_in_unsafe_fn)]
+            unsafe fn parts<F: Bytes>(job: &mut Job<'_>) {
+                dot::panel::<$isa, F, { fixed::PARTS }>(job)
             }
 
             pub(super) fn kernel(shape: &Shape) -> PanelFn {
                 match shape.code {
+                    Code::Int8Rows if shape.rounding == Rounding::None => parts::<format::Int8Rows>,
                     Code::Int8Rows => dots::<format::Int8Rows>,
                     Code::U8ZeroRows => dots::<format::U8ZeroRows>,
                     Code::E2m1 if shape.rounding != Rounding::None => dots::<format::E2m1>,
@@ -275,7 +282,12 @@ macro_rules! entries {
 
             $(#[target_feature(enable = $feature)])?
             unsafe fn fix(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
-                fixed::row(x, order, shape.group, out)
+                fixed::row::<false>(x, order, shape.group, out)
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn fix_wide(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+                fixed::row::<true>(x, order, shape.group, out)
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -293,6 +305,7 @@ macro_rules! entries {
                 match form {
                     Form::Scaled | Form::Plain => scale,
                     Form::Fixed => fix,
+                    Form::FixedWide => fix_wide,
                     Form::Int8 => round,
                 }
             }

@@ -2,8 +2,8 @@
 //!
 //! With [`Rounding::None`] (`cpu_simd`) weight-only and exact: activations and sums are float32. See `format` for the
 //! layout and `kernel` for the loop. With 4-bit weights products are integer ones, activations being brought into a
-//! fixed-point form that is as good as exact: see `fixed` for the form and `nibble` for the loop. E4m3 weights take
-//! activations multiplied by a power of two: see `scaled`.
+//! fixed-point form that is as good as exact: see `fixed` for the form and `nibble` for the loop; so are those of int8
+//! weights where there is VNNI, see `dot`. E4m3 weights take activations multiplied by a power of two: see `scaled`.
 //!
 //! The other [`Rounding`]s (`cpu_simd_a8`, `cpu_simd_w8a8`) round the input of each GEMM to int8: see `int8` for the form
 //! and `dot` for the loop.
@@ -196,7 +196,7 @@ fn projection(
     let mut shape = None;
     for (expert, e) in weights.experts.iter().enumerate() {
         let Some(m) = get(e).0 else { return Err(PackError::Mixed { expert, tensor }) };
-        let this = pack::shape(m, bias, rounding)?;
+        let this = pack::shape(m, bias, rounding)?.for_isa(isa);
         if *shape.get_or_insert(this) != this {
             return Err(PackError::Mixed { expert, tensor });
         }

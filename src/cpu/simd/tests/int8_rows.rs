@@ -59,19 +59,22 @@ pub(super) fn rounded(m: &WeightMatrix, x: &[f64], rounding: Rounding) -> Vec<f6
 
 /// A matrix times a row, as the kernels of an instruction set do it.
 fn product(m: &WeightMatrix, x: &[f32], rounding: Rounding, isa: CpuIsa) -> Vec<f32> {
-    let shape = pack::shape(m, false, rounding).unwrap();
+    times_row(m, &pack::shape(m, false, rounding).unwrap(), x, isa)
+}
+
+fn times_row(m: &WeightMatrix, shape: &Shape, x: &[f32], isa: CpuIsa) -> Vec<f32> {
     let order = pack::permutation(m);
     let mut row = vec![f32::NAN; shape.form_len()];
     // SAFETY: only detected instruction sets come here.
-    unsafe { kernel::form(isa, shape.form())(x, order.as_deref(), &shape, &mut row) };
+    unsafe { kernel::form(isa, shape.form())(x, order.as_deref(), shape, &mut row) };
     let mut y = Vec::new();
     for i in 0..shape.panels() {
         let mut panel = vec![0; shape.panel_bytes()];
-        pack::panel(m, &shape, None, order.as_deref(), i, &mut panel);
+        pack::panel(m, shape, None, order.as_deref(), i, &mut panel);
         let mut out = [[f32::NAN; format::PANEL]];
-        let mut job = kernel::Job { shape: &shape, panel: &panel, x: &[row.as_ptr()], out: &mut out };
+        let mut job = kernel::Job { shape, panel: &panel, x: &[row.as_ptr()], out: &mut out };
         // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
-        unsafe { kernel::kernel(isa, &shape)(&mut job) };
+        unsafe { kernel::kernel(isa, shape)(&mut job) };
         y.extend(out[0]);
     }
     y.truncate(m.rows);
@@ -250,5 +253,49 @@ fn weights_without_such_kernels_are_refused() {
         let weights = layer(kind, 32, 32, true, false, &mut rng);
         let packed = SimdExperts::rounding(&weights, Activation::SILU, CpuIsa::Portable, Rounding::Int8Block);
         assert!(matches!(packed, Err(PackError::Unsupported(_))), "{kind:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// int8 weights with exact activations, which come in parts where there is VNNI.
+    #[test]
+    fn exact_products_of_int8_weights(
+        kind in proptest::sample::select(vec![
+            Kind::Row(Elem::Int8), Kind::Group(Elem::U8, 0, false, false), Kind::Group(Elem::U8, 32, false, true)
+        ]),
+        size in 1usize..6,
+        seed: u64,
+        loud in 0usize..32,
+        positive: bool,
+        magnitude in -60i32..60,
+    ) {
+        let mut rng = Rng(seed | 1);
+        let m = matrix(kind, 40, 32 * size, &mut rng);
+        let mut x: Vec<f32> = rng.floats(m.cols);
+        // Sums of q are largest where all have one sign.
+        x.iter_mut().filter(|_| positive).for_each(|v| *v = v.abs());
+        x[loud] *= 50.0;
+        x.iter_mut().for_each(|v| *v *= 2f32.powi(magnitude));
+        for isa in instruction_sets() {
+            let shape = pack::shape(&m, false, Rounding::None).unwrap().for_isa(isa);
+            prop_assert_eq!(shape.code == format::Code::Int8Rows, isa == CpuIsa::Avx512Vnni);
+            if shape.code != format::Code::Int8Rows {
+                continue;
+            }
+            for (r, have) in times_row(&m, &shape, &x, isa).iter().enumerate() {
+                let w = |c: usize| f64::from(m.value(r, c));
+                let want: f64 = (0..m.cols).map(|c| w(c) * f64::from(x[c])).sum();
+                // 2^-20 of each block's largest value, and float32 sums.
+                let bound: f64 = (0..m.cols)
+                    .map(|c| {
+                        let largest = x.iter().fold(0.0, |m, v| f64::max(m, f64::from(v.abs())));
+                        w(c).abs() * (largest * 2f64.powi(-20) + f64::from(x[c].abs()) * 1e-6)
+                    })
+                    .sum();
+                prop_assert!((f64::from(*have) - want).abs() <= bound, "row {r}: {have} {want}");
+            }
+        }
     }
 }
