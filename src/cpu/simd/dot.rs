@@ -15,6 +15,9 @@ use super::int8::{BLOCK, HEAD, bias};
 use super::isa::Isa;
 use super::kernel::{Job, PREFETCH};
 
+/// Columns of half a block.
+const HALF: usize = BLOCK / 2;
+
 /// A panel times the int8 forms `job.x` (`P` is 1) or the wide fixed-point ones ([`PARTS`]).
 ///
 /// # Safety
@@ -107,11 +110,13 @@ unsafe fn tile<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize>
         let mut left = len;
         while left > 0 {
             let steps = BLOCK.min(left).div_ceil(step);
-            // Whole blocks are unrolled.
+            // Whole blocks are unrolled, and half ones: groups of 16.
             let at = p.add(4 * row);
             let sums = match (steps * step, fetch) {
                 (BLOCK, true) => block::<I, F, P, M, V, BLOCK, true>(BLOCK, at, &x),
                 (BLOCK, false) => block::<I, F, P, M, V, BLOCK, false>(BLOCK, at, &x),
+                (HALF, true) => block::<I, F, P, M, V, HALF, true>(HALF, at, &x),
+                (HALF, false) => block::<I, F, P, M, V, HALF, false>(HALF, at, &x),
                 (columns, _) => block::<I, F, P, M, V, 0, false>(columns, at, &x),
             };
             for v in 0..V {
