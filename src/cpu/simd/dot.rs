@@ -6,8 +6,8 @@
 //! |q| are below 256, 256 and 128, so that sums over 32 columns stay below 2^21. Of parts (64 at most) the three sums are
 //! exact, too, and come together in float32.
 //!
-//! The integers are exact, and the few float operations per block are the same everywhere and never fused: results do
-//! not depend on the instruction set, nor on which tokens are computed together.
+//! The integers are exact, and the few float operations per block are the same everywhere and, with int8 activations,
+//! never fused: these results do not depend on the instruction set. None depends on which tokens are computed together.
 
 use super::fixed::{PARTS, WIDE_HEAD};
 use super::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
