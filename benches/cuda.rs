@@ -53,7 +53,7 @@ fn layers(c: &mut Criterion) {
     let Some(stream) = stream() else { return };
     let platform = Platform::Cuda(stream.gpu().info().capability);
     for format in &FORMATS {
-        let (oracle, weights) = common::weights(format);
+        let (oracle, weights) = common::weights(format, &CONFIG);
         let mut group = c.benchmark_group(format!("cuda/{}", format.0));
         for candidate in oracle.explain_for(&CONFIG, &platform, &SelectInputs::AUTO.built_only()) {
             let rows = SUPPORT.iter().filter(|(scheme, _)| *scheme == oracle.scheme);

@@ -12,7 +12,7 @@ use moe_oracle::weights::WeightMatrix;
 fn packing(c: &mut Criterion) {
     let mut group = c.benchmark_group("pack");
     for format in &FORMATS {
-        let (_, weights) = common::weights(format);
+        let (_, weights) = common::weights(format, &CONFIG);
         let bytes = |m: &WeightMatrix| m.bytes() as u64;
         let expert =
             |e: &moe_oracle::weights::ExpertWeights| e.gate.as_ref().map_or(0, bytes) + bytes(&e.up) + bytes(&e.down);

@@ -189,3 +189,22 @@ fn doctor_reports_in_json() {
     assert_eq!(kernels, !report["gpu"]["architectures"].as_array().unwrap().is_empty());
     assert!(cfg!(feature = "cuda") || !kernels);
 }
+
+#[test]
+fn rounded_activations_are_asked_for_by_name_and_told() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/16_gpt_oss_mxfp4");
+    let (input, expected) = (format!("{folder}/input.safetensors"), format!("{folder}/expected.safetensors"));
+    let output = tempfile::NamedTempFile::new().unwrap();
+    let to = output.path().to_str().unwrap();
+    let common = ["run", "--model", folder, "--input", &input, "--output", to, "--expected", &expected, "--json"];
+    let answer = |more: &[&str]| -> Value {
+        serde_json::from_str(&stdout(&run(&[&common[..], more].concat()))).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let (exact, rounded) = (answer(&[]), answer(&["--backend", "cpu_simd_a8"]));
+    assert_eq!((&exact["backend"], &exact["numerics"]), (&"cpu_simd".into(), &"activations exact".into()));
+    assert_eq!(rounded["numerics"], "activations rounded to int8 per 32 values");
+    let error = |a: &Value| a["relative_errors"]["output"].as_f64().unwrap();
+    assert!(error(&exact) < 1e-5 && (1e-3..2e-2).contains(&error(&rounded)), "{exact} {rounded}");
+    let both = run(&[&common[..], &["--backend", "cpu_simd_a8", "--exact-activations"]].concat());
+    assert!(sentence(&both).contains("`cpu_simd_a8` rounds activations"));
+}

@@ -55,6 +55,30 @@ fn the_first_supported_backend_of_the_priority_list_wins_for_every_oracle() {
 }
 
 #[test]
+fn what_rounds_activations_unasked_is_never_chosen_but_by_its_name() {
+    let mut rows = 0;
+    for (scheme, info) in SUPPORT.iter().filter(|(_, info)| info.by_name_only) {
+        rows += 1;
+        let named = MoeBackend::by_name(info.name).unwrap();
+        for oracle in ORACLES.iter().filter(|o| o.scheme == *scheme && info.pairs.contains(&(o.weight, o.activation))) {
+            let asked = oracle.select(&LAYER, &CPU, &SelectInputs::named(named)).unwrap();
+            assert_eq!((asked.name, asked.numerics), (info.name, info.numerics));
+            for name in MoeBackend::ALL.iter().filter(|n| **n != named) {
+                for platform in [CPU, Platform::Cpu(CpuIsa::Portable), Platform::Cuda(90), Platform::Rocm] {
+                    let chosen = oracle.select(&LAYER, &platform, &SelectInputs::named(*name));
+                    assert!(chosen.is_err() || chosen.unwrap().name != info.name, "{} for {}", info.name, name.name());
+                }
+            }
+        }
+    }
+    assert!(rows >= 5);
+    assert!(SUPPORT.iter().all(|(_, info)| info.by_name_only || info.numerics != Numerics::Int8Block));
+    // Where nothing serves but such a backend, there is none.
+    let refused = Int4::select_backend(&LAYER, &Platform::Rocm, &SelectInputs::AUTO).unwrap_err();
+    assert!(refused.rejections().all(|r| r.backend != "cpu_simd_a8"));
+}
+
+#[test]
 fn a_name_gets_its_backend_or_nothing() {
     for (name, backend) in [
         ("cpu_simd", Fp8Backend::CpuSimd),
@@ -139,6 +163,7 @@ fn reasons_that_depend_on_the_row() {
         device,
         numerics: Numerics::AsKeyed,
         experts: ExpertsKind::Reference,
+        by_name_only: false,
         pairs: &[PAIR],
         activations,
         formats,
@@ -174,7 +199,7 @@ fn where_there_is_no_gpu_row_the_cpu_rows_say_so() {
                 continue;
             }
             let error = oracle.select(&LAYER, &platform, &SelectInputs::AUTO).unwrap_err();
-            let rows = SUPPORT.iter().filter(|(s, _)| *s == oracle.scheme).count();
+            let rows = SUPPORT.iter().filter(|(s, k)| *s == oracle.scheme && !k.by_name_only).count();
             assert_eq!(error.rejections().count(), rows, "{}: a reason for every candidate", oracle.alias);
             let text = error.to_string();
             assert!(text.contains("cpu_simd: it runs on the CPU, not on"), "{text}");

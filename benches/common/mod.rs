@@ -52,10 +52,10 @@ fn matrix(format: &Format, rows: usize, cols: usize) -> WeightMatrix {
     WeightMatrix { rows, cols, elem, codes: Bytes::from(codes), scales: scales(rows, cols) }
 }
 
-/// The layer's weights and their oracle.
-pub fn weights(format: &Format) -> (&'static DynOracle, MoeWeights) {
+/// A layer's weights, the same for all experts, and their oracle.
+pub fn weights(format: &Format, config: &MoeConfig) -> (&'static DynOracle, MoeWeights) {
     let oracle = ORACLES.iter().find(|o| o.alias == format.1).expect("an alias of the table");
-    let (h, i) = (CONFIG.hidden, CONFIG.intermediate);
+    let (h, i) = (config.hidden, config.intermediate);
     let expert = ExpertWeights {
         gate: Some(matrix(format, i, h)),
         up: matrix(format, i, h),
@@ -70,7 +70,7 @@ pub fn weights(format: &Format) -> (&'static DynOracle, MoeWeights) {
         scheme: oracle.scheme,
         weight_key: QuantKey::from_bits(oracle.weight),
         activation_key: QuantKey::from_bits(oracle.activation),
-        experts: vec![expert; CONFIG.experts],
+        experts: vec![expert; config.experts],
     };
     (oracle, weights)
 }

@@ -166,10 +166,14 @@ fn scheme(s: &Scheme) -> TokenStream {
                 while i < order.len() {
                     let backend = order[i];
                     i += 1;
-                    if let Some(w) = wanted && w as u8 != backend as u8 {
+                    let info = Self::kernel(backend);
+                    let passed_over = match wanted {
+                        Some(w) => w as u8 != backend as u8,
+                        None => info.by_name_only,
+                    };
+                    if passed_over {
                         continue;
                     }
-                    let info = Self::kernel(backend);
                     match supports(info, config, platform, inputs, W, A) {
                         Ok(()) => return Ok(Selection { backend, kernel: info }),
                         Err(why) => error = error.with(info.name, why),
@@ -243,8 +247,10 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
     let inputs = bits(&b.inputs, quote!(crate::config::InputType));
     let (name, min) = (&b.name, b.min);
     let device = if b.device == "cpu" { quote!(Device::Cpu) } else { quote!(Device::Cuda { min: #min }) };
-    let numerics = if b.numerics == "as_keyed" { quote!(Numerics::AsKeyed) } else { quote!(Numerics::WeightOnly) };
     // The table's check leaves no other words.
+    let numerics = format_ident!("{}", camel(&b.numerics));
+    let numerics = quote!(Numerics::#numerics);
+    let by_name_only = b.by_name_only;
     let experts = format_ident!("{}", camel(&b.experts));
     let experts = quote!(ExpertsKind::#experts);
     let doc = format!("The `{}` kernel of the `{}` scheme: zero-sized, one type per key pair.", b.name, s.name);
@@ -260,6 +266,7 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
                 device: #device,
                 numerics: #numerics,
                 experts: #experts,
+                by_name_only: #by_name_only,
                 pairs: &[#(#keys),*],
                 activations: #activations,
                 formats: #formats,

@@ -11,7 +11,9 @@ use crate::checkpoint::{MoeLayer, RouterWeights, SharedExpert};
 use crate::config::{MoeConfig, Routing, RoutingMethod, sigmoid};
 use crate::cpu::Executor;
 use crate::kernel::{ForwardError, routing};
-use crate::oracle::{self, ConvertError, DynOracle, KernelInfo, QuantConfigError, SelectError, SelectInputs};
+use crate::oracle::{
+    self, ConvertError, DynOracle, ExpertsKind, KernelInfo, QuantConfigError, SelectError, SelectInputs,
+};
 use crate::platform::Platform;
 use crate::scheme::{QuantKey, Scheme};
 use crate::weights::MoeWeights;
@@ -39,6 +41,9 @@ pub enum LayerError {
     /// Missing scales.
     #[error(transparent)]
     Quant(#[from] QuantConfigError),
+    /// Exact activations of a backend that rounds them.
+    #[error("the backend `{0}` rounds activations: for exact ones ask for another, such as cpu_simd")]
+    Rounds(&'static str),
     /// A backend for the CPU, and a GPU to run it.
     #[cfg(feature = "cuda")]
     #[error(
@@ -125,6 +130,9 @@ fn make(
     device: Device<'_>,
 ) -> Result<(Choice, Kernel), LayerError> {
     let choice = choose(&weights, config, options)?;
+    if options.exact_activations && choice.kernel.experts == ExpertsKind::SimdInt8 {
+        return Err(LayerError::Rounds(choice.kernel.name));
+    }
     let quant = choice.oracle.quant_config(config, &weights)?;
     let packed = choice.oracle.convert(choice.kernel, config, &options.platform, weights)?;
     let packed = if options.exact_activations { packed.with_exact_activations() } else { packed };

@@ -1,10 +1,10 @@
 //! From canonical weights to a kernel's: checks, packing, quant config.
 
-use super::select::{ExpertsKind, KernelInfo, Numerics};
+use super::select::{Device, ExpertsKind, KernelInfo, Numerics};
 use crate::config::MoeConfig;
 use crate::cpu::Experts;
 use crate::cpu::reference::ReferenceExperts;
-use crate::cpu::simd::{PackError, SimdExperts};
+use crate::cpu::simd::{PackError, Rounding, SimdExperts};
 use crate::platform::Platform;
 use crate::scheme::{Extent, QuantKey, Scheme};
 use crate::weights::{MoeWeights, WeightError};
@@ -164,6 +164,12 @@ pub(super) fn convert(
         (ExpertsKind::Simd, Platform::Cpu(isa)) => {
             Ok(KernelWeights::Simd(SimdExperts::new(&weights, config.activation, *isa)?))
         }
+        (ExpertsKind::SimdInt8, Platform::Cpu(isa)) => {
+            // As keyed there are only keys with a scale per token: the table's rows list no others.
+            let as_keyed = kernel.numerics == Numerics::AsKeyed;
+            let rounding = if as_keyed { Rounding::Int8Row } else { Rounding::Int8Block };
+            Ok(KernelWeights::Simd(SimdExperts::rounding(&weights, config.activation, *isa, rounding)?))
+        }
         #[cfg(feature = "cuda")]
         (ExpertsKind::Decode | ExpertsKind::Mma, Platform::Cuda(_)) => {
             use crate::cuda::{GpuWeights, pack::PackedExperts};
@@ -179,7 +185,7 @@ pub(super) fn convert(
             let activation = activation.filter(|_| kernel.numerics == Numerics::AsKeyed);
             Ok(KernelWeights::Gpu(crate::cuda::GpuWeights::Emulation { weights, activation }))
         }
-        (_, Platform::Cuda(_)) if kernel.experts != ExpertsKind::Simd => {
+        (_, Platform::Cuda(_)) if kernel.device != Device::Cpu => {
             Err(ConvertError::NotBuilt { name: kernel.name, why: NO_CUDA.unwrap_or("it has no packer") })
         }
         _ => Err(ConvertError::Platform(kernel.name)),
@@ -236,7 +242,7 @@ impl KernelWeights {
             KernelWeights::Canonical { weights, numerics } => {
                 let key = match numerics {
                     Numerics::AsKeyed => quant.and_then(|q| q.activation),
-                    Numerics::WeightOnly => None,
+                    Numerics::WeightOnly | Numerics::Int8Block => None,
                 };
                 Box::new(ReferenceExperts::new(&weights, config.activation, key)?)
             }

@@ -24,6 +24,9 @@ pub enum Numerics {
     WeightOnly,
     /// The input of each GEMM is quantised as the key says.
     AsKeyed,
+    /// The input of each GEMM is rounded to int8 per 32 values at most, whatever the key asks: see
+    /// [`crate::cpu::simd::Rounding`].
+    Int8Block,
 }
 
 /// The Rust type behind a kernel.
@@ -31,6 +34,8 @@ pub enum Numerics {
 pub enum ExpertsKind {
     /// [`crate::cpu::simd::SimdExperts`]
     Simd,
+    /// The same with int8 activations.
+    SimdInt8,
     /// [`crate::cpu::reference::ReferenceExperts`]
     Reference,
     /// CUDA kernels for few tokens.
@@ -52,6 +57,8 @@ pub struct KernelInfo {
     pub numerics: Numerics,
     /// What computes.
     pub experts: ExpertsKind,
+    /// Whether it serves only callers that name it.
+    pub by_name_only: bool,
     /// (weight, activation) keys it serves.
     pub pairs: &'static [(u64, u64)],
     /// A bit for each place of [`Activation::ALL`]: see [`computes`](Self::computes).

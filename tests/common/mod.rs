@@ -99,7 +99,8 @@ pub fn targets(layer: &Layer) -> Vec<Target> {
         }
         for isa in CpuIsa::ALL {
             let best = CpuIsa::detect();
-            let wanted = if info.experts == ExpertsKind::Simd { isa <= best } else { isa == best };
+            let vectorised = matches!(info.experts, ExpertsKind::Simd | ExpertsKind::SimdInt8);
+            let wanted = if vectorised { isa <= best } else { isa == best };
             let platform = Platform::Cpu(isa);
             let serves = layer.oracle.explain(&layer.config, &platform);
             if wanted && serves.iter().any(|c| c.backend == info.name && c.verdict.is_ok()) {
@@ -119,9 +120,14 @@ pub fn kernel<P: PrepareFinalize>(layer: &Layer, target: Target, map: Option<Vec
     Bf16::make_kernel::<P>(weights, quant, &layer.config, map).unwrap()
 }
 
-/// The activation key that a backend follows.
-pub fn followed_key(layer: &Layer, info: &KernelInfo) -> Option<moe_oracle::scheme::QuantKey> {
-    moe_oracle::scheme::QuantKey::from_bits(layer.oracle.activation).filter(|_| info.numerics == Numerics::AsKeyed)
+/// The reference that a backend follows.
+pub fn followed<'a>(layer: &'a Layer, info: &KernelInfo) -> reference::Reference<'a> {
+    let key = moe_oracle::scheme::QuantKey::from_bits(layer.oracle.activation);
+    match info.numerics {
+        Numerics::WeightOnly => reference::Reference::new(layer, None),
+        Numerics::AsKeyed => reference::Reference::new(layer, key),
+        Numerics::Int8Block => reference::Reference::int8_blocks(layer),
+    }
 }
 
 /// Rounds to what hidden states of that type can hold.

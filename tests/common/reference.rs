@@ -175,10 +175,25 @@ struct Expert<'a> {
     weights: &'a ExpertWeights,
 }
 
+/// int8 per 32 values, in the order in which the matrix groups its columns and cut anew in each of its groups.
+fn int8_blocks(m: &WeightMatrix, row: &mut [f64]) {
+    let mut columns: Vec<usize> = (0..m.cols).collect();
+    if let Scales::Group { g_idx: Some(g), .. } = &m.scales {
+        columns.sort_by_key(|c| g[*c]);
+    }
+    for block in columns.chunks(m.group_cols().min(m.cols)).flat_map(|group| group.chunks(32)) {
+        let scale = block.iter().fold(0.0, |m, c| f64::max(m, row[*c].abs())) / 127.0;
+        for c in block {
+            row[*c] = if scale == 0.0 { 0.0 } else { nearest(Elem::Int8, row[*c] / scale) * scale };
+        }
+    }
+}
+
 /// The layer's experts, each dequantised on first use.
 pub struct Reference<'a> {
     layer: &'a Layer,
     key: Option<QuantKey>,
+    int8_blocks: bool,
     experts: HashMap<usize, Expert<'a>>,
 }
 
@@ -190,7 +205,12 @@ fn gemv(w: &[f64], bias: &Option<Vec<f32>>, x: &[f64]) -> Vec<f64> {
 impl<'a> Reference<'a> {
     /// `key`: what the input of each GEMM is quantised to.
     pub fn new(layer: &'a Layer, key: Option<QuantKey>) -> Self {
-        Self { layer, key, experts: HashMap::new() }
+        Self { layer, key, int8_blocks: false, experts: HashMap::new() }
+    }
+
+    /// The input of each GEMM is rounded to int8 per 32 values.
+    pub fn int8_blocks(layer: &'a Layer) -> Self {
+        Self { int8_blocks: true, ..Self::new(layer, None) }
     }
 
     /// One row through one local expert.
@@ -206,14 +226,25 @@ impl<'a> Reference<'a> {
         if let Some(key) = self.key {
             quantize(key, e.weights.input_scale, &mut x);
         }
-        let up = gemv(&e.up, &e.weights.up_bias, &x);
-        let gate = e.gate.as_ref().map_or(vec![0.0; up.len()], |g| gemv(g, &e.weights.gate_bias, &x));
+        // Each projection has blocks of its own.
+        let read = |m: &WeightMatrix, x: &[f64]| {
+            let mut x = x.to_vec();
+            if self.int8_blocks {
+                int8_blocks(m, &mut x);
+            }
+            x
+        };
+        let up = gemv(&e.up, &e.weights.up_bias, &read(&weights.up, &x));
+        let gate = match (&e.gate, &weights.gate) {
+            (Some(g), Some(m)) => gemv(g, &e.weights.gate_bias, &read(m, &x)),
+            _ => vec![0.0; up.len()],
+        };
         let mut h: Vec<f64> =
             gate.iter().zip(&up).map(|(g, u)| activate(self.layer.config.activation, *g, *u)).collect();
         if let Some(key) = self.key {
             quantize(key, e.weights.down_input_scale, &mut h);
         }
-        gemv(&e.down, &e.weights.down_bias, &h)
+        gemv(&e.down, &e.weights.down_bias, &read(&weights.down, &h))
     }
 
     /// The standard format; `map` as in `make_kernel`.

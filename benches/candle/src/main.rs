@@ -1,8 +1,10 @@
-//! One Mixture-of-Experts layer in candle's quantised CPU path and in `cpu_simd`, from the very same weights, in turn.
+//! One Mixture-of-Experts layer in candle's quantised CPU path and in `cpu_simd` or `cpu_simd_a8`, from the very same
+//! weights, in turn.
 //!
 //! candle has no MoE layer for the CPU, so that its side is what its quantised MoE models do there: for every expert that
 //! was chosen, gather its tokens, three `QMatMul`s, silu, and add the weighted rows up. Both sides use as many threads as
-//! `RAYON_NUM_THREADS` says. candle rounds activations to 8 bits per 32 values inside; `cpu_simd` leaves them exact.
+//! `RAYON_NUM_THREADS` says. candle rounds activations to 8 bits per 32 values inside, as `cpu_simd_a8` does; `cpu_simd` leaves them
+//! exact.
 
 mod ours;
 mod theirs;
@@ -43,6 +45,9 @@ struct Args {
     /// Experts, 8 of which each token takes
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(8..))]
     experts: u16,
+    /// Our backend
+    #[arg(long, default_value = "cpu_simd", value_parser = ["cpu_simd", "cpu_simd_a8"])]
+    backend: String,
     /// Calls of each side for each figure, the median of which is printed
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u16).range(1..))]
     calls: u16,
@@ -101,11 +106,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         "{} of {} experts, hidden 2048, intermediate 768; {threads} threads; ms per call",
         sizes.topk, args.experts
     );
-    println!("{:<8}{:>8}{:>12}{:>12}{:>10}{:>12}", "format", "tokens", "candle", "cpu_simd", "ratio", "distance");
+    println!("{:<8}{:>8}{:>12}{:>12}{:>10}{:>12}", "format", "tokens", "candle", args.backend, "ratio", "distance");
     for format in args.format {
         let made = Weights::new(format, sizes);
         let theirs = theirs::Layer::new(&made)?;
-        let mut ours = ours::Layer::new(made, threads)?;
+        let mut ours = ours::Layer::new(made, threads, &args.backend)?;
         for &tokens in &args.tokens {
             let mut rng = Rng(tokens as u64);
             let (mut a, mut b, mut worst) = (Vec::new(), Vec::new(), 0f64);

@@ -5,7 +5,7 @@ use crate::{Call, Format};
 use moe_oracle::config::{InputType, MoeConfig};
 use moe_oracle::cpu::{Experts, ThreadPool};
 use moe_oracle::kernel::{MoeKernel, Rows, RowsMut, Standard};
-use moe_oracle::oracle::{ORACLES, SelectInputs};
+use moe_oracle::oracle::{MoeBackend, ORACLES, SelectInputs};
 use moe_oracle::platform::Platform;
 use moe_oracle::scheme::{Elem, QuantKey};
 use moe_oracle::weights::{ExpertWeights, HalfType, MoeWeights, Scales, WeightElem, WeightMatrix};
@@ -30,7 +30,7 @@ fn matrix(format: Format, m: Matrix) -> WeightMatrix {
 }
 
 impl Layer {
-    pub fn new(weights: Weights, threads: usize) -> Result<Self, Box<dyn Error>> {
+    pub fn new(weights: Weights, threads: usize, backend: &str) -> Result<Self, Box<dyn Error>> {
         let (s, format) = (weights.sizes, weights.format);
         let config = MoeConfig { input: InputType::F32, ..MoeConfig::new(s.experts, s.topk, s.hidden, s.intermediate) };
         let alias = if format == Format::Int8 { "Int8Group" } else { "Int4G32" };
@@ -52,7 +52,8 @@ impl Layer {
             experts: weights.experts.into_iter().map(expert).collect(),
         };
         let platform = Platform::cpu();
-        let choice = oracle.select(&config, &platform, &SelectInputs::AUTO)?;
+        let backend = MoeBackend::by_name(backend).ok_or("the crate has no such backend")?;
+        let choice = oracle.select(&config, &platform, &SelectInputs::named(backend))?;
         let quant = oracle.quant_config(&config, &weights)?;
         let experts = oracle.convert(choice, &config, &platform, weights)?.into_experts(&config, quant)?;
         let kernel = MoeKernel::new(experts, &config, None)?;

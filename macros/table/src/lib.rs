@@ -149,8 +149,11 @@ pub struct Backend {
     /// Smallest compute capability of a cuda row, 80 for 8.0.
     #[serde(default)]
     pub min: u16,
-    /// `weight_only` or `as_keyed`
+    /// `weight_only`, `as_keyed` or `int8_block`
     pub numerics: String,
+    /// Whether it serves only callers that name it.
+    #[serde(default)]
+    pub by_name_only: bool,
     /// Aliases.
     pub pairs: Which,
     /// Activation names.
@@ -251,12 +254,14 @@ impl Scheme {
                 all_or_some("inputs", &b.inputs)?;
                 b.kernels.iter().try_for_each(Kernel::check)?;
                 match (b.device.as_str(), b.experts.as_str()) {
-                    ("cpu", "simd" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
+                    ("cpu", "simd" | "simd_int8" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
                     ("cuda", "decode" | "mma" | "emulation") if b.min != 0 && !b.kernels.is_empty() => {}
                     _ => return Err("device, experts, min and kernels do not fit together".into()),
                 }
                 match b.numerics.as_str() {
                     "weight_only" | "as_keyed" => Ok(()),
+                    "int8_block" if b.by_name_only => Ok(()),
+                    "int8_block" => Err("rounds what no key asks to round: by_name_only must be true".into()),
                     other => Err(format!("numerics = \"{other}\"")),
                 }
             };

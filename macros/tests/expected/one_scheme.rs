@@ -39,6 +39,7 @@ impl<const W: u64, const A: u64> Int8CudaMma<W, A> {
         device: Device::Cuda { min: 80u16 },
         numerics: Numerics::WeightOnly,
         experts: ExpertsKind::Mma,
+        by_name_only: false,
         pairs: &[(INT8_STATIC_CHANNEL_SYM.bits(), UNQUANTIZED)],
         activations: named(&["silu", "gelu"], &crate::config::Activation::NAMES),
         formats: named(&["standard"], &crate::config::ActivationFormat::NAMES),
@@ -55,6 +56,7 @@ impl<const W: u64, const A: u64> Int8CpuReference<W, A> {
         device: Device::Cpu,
         numerics: Numerics::AsKeyed,
         experts: ExpertsKind::Reference,
+        by_name_only: false,
         pairs: &[
             (INT8_STATIC_CHANNEL_SYM.bits(), INT8_DYNAMIC_TOKEN_SYM.bits()),
             (INT8_STATIC_CHANNEL_SYM.bits(), UNQUANTIZED),
@@ -146,10 +148,14 @@ impl<const W: u64, const A: u64> Int8<W, A> {
         while i < order.len() {
             let backend = order[i];
             i += 1;
-            if let Some(w) = wanted && w as u8 != backend as u8 {
+            let info = Self::kernel(backend);
+            let passed_over = match wanted {
+                Some(w) => w as u8 != backend as u8,
+                None => info.by_name_only,
+            };
+            if passed_over {
                 continue;
             }
-            let info = Self::kernel(backend);
             match supports(info, config, platform, inputs, W, A) {
                 Ok(()) => return Ok(Selection { backend, kernel: info }),
                 Err(why) => error = error.with(info.name, why),

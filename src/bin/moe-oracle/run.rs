@@ -81,6 +81,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Numerics::AsKeyed if !args.exact_activations && oracle.activation != 0 => {
             "activations quantised as the key asks"
         }
+        Numerics::Int8Block => "activations rounded to int8 per 32 values",
         _ => "activations exact",
     };
     let why = match args.backend.as_str() {

@@ -37,6 +37,11 @@ pub(super) fn pack(
                 }
             });
         }
+        Code::Int8Rows | Code::U8ZeroRows => {
+            // To unsigned bytes around 128, which flipping the top bit makes of two's complement.
+            let flip = if m.elem == WeightElem::Quant(Elem::Int8) { 0x80 } else { 0 };
+            job.pack(0, out, |four, lane, out| out[4 * lane..][..4].copy_from_slice(&four.map(|c| c ^ flip)));
+        }
         Code::E2m1 | Code::U4 | Code::U4Zero => job.pack(0, out, |four, lane, out| {
             out[4 * lane..][..4].copy_from_slice(&split_halves(u32::from_le_bytes(four)).to_le_bytes());
         }),

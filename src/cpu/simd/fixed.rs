@@ -1,4 +1,5 @@
-//! The fixed-point form of a row of activations, for the integer dot products of 4-bit weights.
+//! The fixed-point form of a row of activations, for the integer dot products of 4-bit weights and, where there is VNNI,
+//! of int8 ones.
 //!
 //! Columns are cut into blocks of [`BLOCK`], within each group of the weights; the last block of a group may be shorter
 //! and is padded with zeros to whole steps. A block has a scale, a power of two for which x = scale * q with
@@ -6,35 +7,46 @@
 //! three signed parts, q = 2^14 * p2 + 2^7 * p1 + p0, each from -64 to 64.
 //!
 //! A block lies in memory as its scale (float32), the sum of its q (int32) and, per 4 columns, 4 bytes of p2, of p1 and
-//! of p0. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
+//! of p0. For int8 weights (`WIDE` below) the sum is that of each of p2, p1 and p0, times -128, which takes off the weights'
+//! offset. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
 
 use super::format::STEP_4BIT;
+use super::int8::BYTES_STEP;
 use std::ops::Range;
 
 /// Columns of a block. 32 keep sums of products within 16 bits; see `nibble`.
 pub(super) const BLOCK: usize = 32;
 /// Bytes of a block before its parts.
 pub(super) const HEAD: usize = 8;
+/// The same for int8 weights.
+pub(super) const WIDE_HEAD: usize = 16;
 /// Parts of a number.
 pub(super) const PARTS: usize = 3;
 
 /// Elements of float32 that the form of a row takes.
-pub(super) fn len(cols: usize, group: usize) -> usize {
-    let one = |cols: usize| cols.div_ceil(BLOCK) * HEAD + cols.next_multiple_of(STEP_4BIT) * PARTS;
+pub(super) fn len<const WIDE: bool>(cols: usize, group: usize) -> usize {
+    let (head, step) = sizes::<WIDE>();
+    let one = |cols: usize| cols.div_ceil(BLOCK) * head + cols.next_multiple_of(step) * PARTS;
     (cols / group * one(group) + one(cols % group)) / size_of::<f32>()
+}
+
+/// Bytes of a block's head and columns of a step.
+const fn sizes<const WIDE: bool>() -> (usize, usize) {
+    if WIDE { (WIDE_HEAD, BYTES_STEP) } else { (HEAD, STEP_4BIT) }
 }
 
 /// The form of the row whose column `i` is `x[i]`, or `x[order[i]]`, for weights with such groups, into `out`, which is
 /// [`len`] long.
 #[inline(always)]
-pub(super) fn row(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
+pub(super) fn row<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
+    let (head, step) = sizes::<WIDE>();
     let mut out = bytemuck::cast_slice_mut::<f32, u8>(out);
     for start in (0..x.len()).step_by(group) {
         let end = (start + group).min(x.len());
         for at in (start..end).step_by(BLOCK) {
             let n = BLOCK.min(end - at);
-            let (this, rest) = out.split_at_mut(HEAD + n.next_multiple_of(STEP_4BIT) * PARTS);
-            block(x, order, at..at + n, this);
+            let (this, rest) = out.split_at_mut(head + n.next_multiple_of(step) * PARTS);
+            block::<WIDE>(x, order, at..at + n, this);
             out = rest;
         }
     }
@@ -43,10 +55,10 @@ pub(super) fn row(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32
 /// The block of these columns, padded with zeros as `out` is long. Loops run over whole steps, their number unknown to
 /// the compiler, which vectorises them for that.
 #[inline(always)]
-fn block(x: &[f32], order: Option<&[u32]>, columns: Range<usize>, out: &mut [u8]) {
+fn block<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, columns: Range<usize>, out: &mut [u8]) {
     // 1.5 * 2^23: adding it rounds to nearest and leaves the integer in the low bits.
     const MAGIC: f32 = 12_582_912.0;
-    let (head, body) = out.split_at_mut(HEAD);
+    let (head, body) = out.split_at_mut(sizes::<WIDE>().0);
     let n = body.len() / PARTS;
     let (mut values, mut parts) = ([0f32; BLOCK], [[0i8; BLOCK]; PARTS]);
     match order {
@@ -75,7 +87,14 @@ fn block(x: &[f32], order: Option<&[u32]>, columns: Range<usize>, out: &mut [u8]
         (*p2, *p1, *p0) = (top as i8, (high - (top << 7)) as i8, (q - (high << 7)) as i8);
     }
     head[..4].copy_from_slice(&f32::from_bits(exponent << 23).to_ne_bytes());
-    head[4..].copy_from_slice(&i32::to_ne_bytes(sum));
+    if WIDE {
+        for (part, head) in parts.iter().zip(head[4..].chunks_exact_mut(4)) {
+            let sum: i32 = part.iter().map(|p| i32::from(*p)).sum();
+            head.copy_from_slice(&(-128 * sum).to_ne_bytes());
+        }
+    } else {
+        head[4..].copy_from_slice(&i32::to_ne_bytes(sum));
+    }
     for (k, four) in body.chunks_exact_mut(4 * PARTS).enumerate() {
         for (part, four) in parts.iter().zip(four.chunks_exact_mut(4)) {
             four.copy_from_slice(bytemuck::cast_slice(&part[4 * k..4 * k + 4]));

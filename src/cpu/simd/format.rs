@@ -5,7 +5,8 @@
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
 
 use super::isa::Isa;
-use super::{fixed, scaled};
+use super::{Rounding, fixed, int8, scaled};
+use crate::platform::CpuIsa;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 32;
@@ -27,6 +28,10 @@ pub(super) enum Code {
     Int8,
     /// By column, with zero points.
     U8Zero,
+    /// By row, 4 columns each, around 128: int8 and u8, for dot products of bytes.
+    Int8Rows,
+    /// By row, 4 columns each, with zero points, for int8 activations.
+    U8ZeroRows,
     /// 4 bits, laid out as those of `U4`; the factor carries 1/2.
     E2m1,
     /// 4 bits: bytes of columns k and k + 4 (high), 4 bytes a row. The value is the code - 8.
@@ -40,23 +45,14 @@ impl Code {
     pub(super) fn step(self) -> usize {
         match self {
             Code::Bf16 | Code::F16 => 2,
-            Code::E4m3 | Code::Int8 | Code::U8Zero => 4,
+            Code::E4m3 | Code::Int8 | Code::U8Zero | Code::Int8Rows | Code::U8ZeroRows => 4,
             Code::E2m1 | Code::U4 | Code::U4Zero => STEP_4BIT,
         }
     }
 
     /// Whether groups hold zero points.
     pub(super) fn zero_points(self) -> bool {
-        matches!(self, Code::U8Zero | Code::U4Zero)
-    }
-
-    /// How kernels take activations.
-    pub(super) fn form(self) -> Form {
-        match self {
-            Code::E2m1 | Code::U4 | Code::U4Zero => Form::Fixed,
-            Code::E4m3 => Form::Scaled,
-            Code::Bf16 | Code::F16 | Code::Int8 | Code::U8Zero => Form::Plain,
-        }
+        matches!(self, Code::U8Zero | Code::U8ZeroRows | Code::U4Zero)
     }
 }
 
@@ -67,8 +63,12 @@ pub(super) enum Form {
     Plain,
     /// Fixed point, see `fixed`; depends on the group's size.
     Fixed,
+    /// The same for int8 weights.
+    FixedWide,
     /// A common scale, see `scaled`.
     Scaled,
+    /// int8 with a scale per block, see `int8`; depends on the group's size and on the code.
+    Int8,
 }
 
 /// The scales of a group.
@@ -137,6 +137,8 @@ pub(super) struct Shape {
     pub scale: GroupScale,
     /// Whether a bias follows the factor.
     pub bias: bool,
+    /// What activations are rounded to.
+    pub rounding: Rounding,
 }
 
 impl Shape {
@@ -155,19 +157,43 @@ impl Shape {
             + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
     }
 
+    /// The same matrix as it suits an instruction set best: with VNNI, int8 takes exact activations in parts.
+    pub(super) fn for_isa(self, isa: CpuIsa) -> Self {
+        match (self.code, isa) {
+            (Code::Int8, CpuIsa::Avx512Vnni) => Self { code: Code::Int8Rows, ..self },
+            _ => self,
+        }
+    }
+
+    /// How kernels take activations.
+    pub(super) fn form(&self) -> Form {
+        match self.code {
+            _ if self.rounding != Rounding::None => Form::Int8,
+            Code::E2m1 | Code::U4 | Code::U4Zero => Form::Fixed,
+            Code::Int8Rows => Form::FixedWide,
+            Code::E4m3 => Form::Scaled,
+            _ => Form::Plain,
+        }
+    }
+
     /// Float32 elements that a row takes in the form that the code's kernels read; 0 where it stays as it is.
     pub(super) fn form_len(&self) -> usize {
-        match self.code.form() {
+        match self.form() {
             Form::Plain => 0,
-            Form::Fixed => fixed::len(self.cols, self.group),
+            Form::Fixed => fixed::len::<false>(self.cols, self.group),
+            Form::FixedWide => fixed::len::<true>(self.cols, self.group),
             Form::Scaled => scaled::HEAD + self.cols,
+            Form::Int8 => int8::len(self),
         }
     }
 
     /// Whether kernels of both shapes read the same form of a row.
     pub(super) fn form_like(&self, other: &Self) -> bool {
-        let form = self.code.form();
-        form == other.code.form() && (form != Form::Fixed || self.group == other.group)
+        match (self.form(), other.form()) {
+            (Form::Fixed, Form::Fixed) | (Form::FixedWide, Form::FixedWide) => self.group == other.group,
+            (Form::Int8, Form::Int8) => (self.group, self.code) == (other.group, other.code),
+            (a, b) => a == b,
+        }
     }
 
     /// Number of panels.
@@ -236,6 +262,66 @@ U8Zero, 4, true, |p, row, w| {
         *w = I::u8(p.add(32 * k + row));
     }
 });
+
+/// Decoding of codes to bytes for dot products with int8 activations: a weight, or a multiple of it, plus an offset.
+pub(super) trait Bytes {
+    /// The offset comes from zero points.
+    const ZERO: bool;
+    /// The offset otherwise.
+    const OFFSET: i32;
+    /// What an instruction set takes off the bytes, in units of [`Isa::BIAS`].
+    const BIASED: bool;
+    /// Fours of columns in a step.
+    const FOURS: usize;
+    /// See [`Nibbles::SMALL_GROUPS`].
+    const SMALL_GROUPS: bool;
+
+    /// Columns `4 * four ..` of a step, of `LANES` rows.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Isa`]; `p` is the first of these rows in a step, `four < FOURS`.
+    unsafe fn decode<I: Isa>(p: *const u8, four: usize) -> I::Bytes;
+}
+
+/// [`Code::Int8Rows`]
+pub(super) struct Int8Rows;
+/// [`Code::U8ZeroRows`]
+pub(super) struct U8ZeroRows;
+
+macro_rules! whole_bytes {
+    ($name:ident, $zero:literal) => {
+        impl Bytes for $name {
+            const ZERO: bool = $zero;
+            const OFFSET: i32 = 128;
+            const BIASED: bool = true;
+            const FOURS: usize = 1;
+            const SMALL_GROUPS: bool = false;
+
+            #[inline(always)]
+            unsafe fn decode<I: Isa>(p: *const u8, _: usize) -> I::Bytes {
+                // SAFETY: as the caller promises.
+                unsafe { I::bytes(p) }
+            }
+        }
+    };
+}
+whole_bytes!(Int8Rows, false);
+whole_bytes!(U8ZeroRows, true);
+
+impl<F: Nibbles> Bytes for F {
+    const ZERO: bool = F::ZERO;
+    const OFFSET: i32 = F::OFFSET;
+    const BIASED: bool = false;
+    const FOURS: usize = 2;
+    const SMALL_GROUPS: bool = F::SMALL_GROUPS;
+
+    #[inline(always)]
+    unsafe fn decode<I: Isa>(p: *const u8, four: usize) -> I::Bytes {
+        // SAFETY: as the caller promises.
+        unsafe { F::decode::<I>(if four == 0 { I::nibbles::<false>(p) } else { I::nibbles::<true>(p) }) }
+    }
+}
 
 /// Decoding of 4-bit codes to unsigned bytes, at most 24, that are a weight (or a multiple of it) plus an offset.
 pub(super) trait Nibbles {

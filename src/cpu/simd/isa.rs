@@ -63,6 +63,17 @@ pub(super) trait Isa: Copy {
     unsafe fn add_products(sums: Self::Products, unsigned: Self::Bytes, signed: Self::Bytes) -> Self::Products;
     /// 2^14, 2^7 and 1 times the sums of each row. The caller sees to it that 32 bits hold any partial sum.
     unsafe fn total(parts: [Self::Products; 3]) -> Self::Ints;
+    /// What [`bytes`](Self::bytes) takes off each code: [`dot`](Self::dot) wants unsigned bytes or signed ones.
+    const BIAS: i32;
+    /// Steps of 4 columns that `dot` is best given at once, of small bytes.
+    const DEPTH: usize;
+    /// Unsigned bytes of `LANES` rows by 4 columns, less [`BIAS`](Self::BIAS).
+    unsafe fn bytes(p: *const u8) -> Self::Bytes;
+    /// Adds the products of `N` times 4 columns to each row's sum. Of `w`, bytes are `small`: unsigned and at most 24, or
+    /// what [`bytes`](Self::bytes) gave; `N` is 4 at most. Of `x`, they are signed and none is -128. The caller sees to it
+    /// that 32 bits hold any partial sum.
+    unsafe fn dot<const N: usize>(sum: Self::Ints, w: [Self::Bytes; N], x: [Self::Bytes; N], small: bool)
+    -> Self::Ints;
     unsafe fn splat_int(x: i32) -> Self::Ints;
     /// unsigned bytes
     unsafe fn u8_int(p: *const u8) -> Self::Ints;

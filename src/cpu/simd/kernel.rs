@@ -1,12 +1,12 @@
 //! The micro-kernel: one panel times the rows of some tokens, and its entry points per instruction set. (4-bit weights
-//! have one of their own, in `nibble`.)
+//! have one of their own, in `nibble`, int8 activations in `dot`.)
 //!
 //! Lanes are rows of the panel and K runs sequentially, so that each output is two chains of multiply-adds (even and odd
 //! columns) in an order that depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use super::format::{self, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
+use super::format::{self, Bytes, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
 use super::isa::{Isa, portable::Portable};
-use super::{fixed, math, nibble, scaled};
+use super::{Rounding, dot, fixed, int8, math, nibble, scaled};
 use crate::config::Activation;
 use crate::platform::CpuIsa;
 
@@ -31,16 +31,16 @@ pub(super) struct Job<'a> {
 /// # Safety
 ///
 /// The processor has the kernel's instruction set, the panel was packed for the shape and has `panel_bytes` bytes, the
-/// kernel is the one for the shape's code, every pointer of `x` can be read for `shape.cols` elements (of a form: for
+/// kernel is the one for the shape, every pointer of `x` can be read for `shape.cols` elements (of a form: for
 /// `shape.form_len()`) and `out` is as long as `x`.
 pub(super) type PanelFn = unsafe fn(&mut Job<'_>);
 
-/// [`fixed::row`] or [`scaled::row`] with what the instruction set offers.
+/// [`fixed::row`], [`scaled::row`] or [`int8::row`] with what the instruction set offers.
 ///
 /// # Safety
 ///
 /// The processor has the function's instruction set.
-pub(super) type FixFn = unsafe fn(&[f32], Option<&[u32]>, usize, &mut [f32]);
+pub(super) type FormFn = unsafe fn(&[f32], Option<&[u32]>, &Shape, &mut [f32]);
 
 /// # Safety
 ///
@@ -239,8 +239,26 @@ macro_rules! entries {
                 nibble::panel::<$isa, F>(job)
             }
 
-            pub(super) fn kernel(code: Code) -> PanelFn {
-                match code {
+            $(#[target_feature(enable = $feature)])?
+            #[allow(unsafe_op_in_unsafe_fn)]
+            unsafe fn dots<F: Bytes>(job: &mut Job<'_>) {
+                dot::panel::<$isa, F, 1>(job)
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            #[allow(unsafe_op_in_unsafe_fn)]
+            unsafe fn parts<F: Bytes>(job: &mut Job<'_>) {
+                dot::panel::<$isa, F, { fixed::PARTS }>(job)
+            }
+
+            pub(super) fn kernel(shape: &Shape) -> PanelFn {
+                match shape.code {
+                    Code::Int8Rows if shape.rounding == Rounding::None => parts::<format::Int8Rows>,
+                    Code::Int8Rows => dots::<format::Int8Rows>,
+                    Code::U8ZeroRows => dots::<format::U8ZeroRows>,
+                    Code::E2m1 if shape.rounding != Rounding::None => dots::<format::E2m1>,
+                    Code::U4 if shape.rounding != Rounding::None => dots::<format::U4>,
+                    Code::U4Zero if shape.rounding != Rounding::None => dots::<format::U4Zero>,
                     Code::Bf16 => entry::<format::Bf16>,
                     Code::F16 => entry::<format::F16>,
                     Code::E4m3 => entry::<format::E4m3>,
@@ -263,13 +281,33 @@ macro_rules! entries {
             }
 
             $(#[target_feature(enable = $feature)])?
-            pub(super) unsafe fn fix(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
-                fixed::row(x, order, group, out)
+            unsafe fn fix(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+                fixed::row::<false>(x, order, shape.group, out)
             }
 
             $(#[target_feature(enable = $feature)])?
-            pub(super) unsafe fn scale(x: &[f32], order: Option<&[u32]>, _: usize, out: &mut [f32]) {
+            unsafe fn fix_wide(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+                fixed::row::<true>(x, order, shape.group, out)
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn scale(x: &[f32], order: Option<&[u32]>, _: &Shape, out: &mut [f32]) {
                 scaled::row(x, order, out)
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn round(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+                int8::row::<$isa>(x, order, shape, out)
+            }
+
+            /// For the plain form some function, which is never called.
+            pub(super) fn form(form: Form) -> FormFn {
+                match form {
+                    Form::Scaled | Form::Plain => scale,
+                    Form::Fixed => fix,
+                    Form::FixedWide => fix_wide,
+                    Form::Int8 => round,
+                }
             }
         }
     };
@@ -287,16 +325,16 @@ entries!(
     "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
 
-/// The kernel of a code and an instruction set.
-pub(super) fn kernel(isa: CpuIsa, code: Code) -> PanelFn {
+/// The kernel of a shape and an instruction set.
+pub(super) fn kernel(isa: CpuIsa, shape: &Shape) -> PanelFn {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx2 => on_avx2::kernel(code),
+        CpuIsa::Avx2 => on_avx2::kernel(shape),
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512 => on_avx512::kernel(code),
+        CpuIsa::Avx512 => on_avx512::kernel(shape),
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512Vnni => on_avx512_vnni::kernel(code),
-        _ => on_portable::kernel(code),
+        CpuIsa::Avx512Vnni => on_avx512_vnni::kernel(shape),
+        _ => on_portable::kernel(shape),
     }
 }
 
@@ -314,19 +352,14 @@ pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
 }
 
 /// How an instruction set brings rows into a form; for the plain form, never called.
-pub(super) fn form(isa: CpuIsa, form: Form) -> FixFn {
-    macro_rules! pick {
-        ($module:ident) => {
-            if form == Form::Scaled { $module::scale } else { $module::fix }
-        };
-    }
+pub(super) fn form(isa: CpuIsa, form: Form) -> FormFn {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx2 => pick!(on_avx2),
+        CpuIsa::Avx2 => on_avx2::form(form),
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512 => pick!(on_avx512),
+        CpuIsa::Avx512 => on_avx512::form(form),
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512Vnni => pick!(on_avx512_vnni),
-        _ => pick!(on_portable),
+        CpuIsa::Avx512Vnni => on_avx512_vnni::form(form),
+        _ => on_portable::form(form),
     }
 }

@@ -1,7 +1,7 @@
 //! From canonical weights to panels.
 
 use super::format::{Code, GroupScale, PANEL, STEP_BYTES, Shape};
-use super::{PackError, codes};
+use super::{PackError, Rounding, codes};
 use crate::scheme::Elem;
 use crate::weights::{HalfType, Scales, WeightElem, WeightMatrix};
 
@@ -10,7 +10,7 @@ use crate::weights::{HalfType, Scales, WeightElem, WeightMatrix};
 const MAX_ZERO_4BIT: u8 = 31;
 
 /// How a matrix will be packed.
-pub(super) fn shape(m: &WeightMatrix, bias: bool) -> Result<Shape, PackError> {
+pub(super) fn shape(m: &WeightMatrix, bias: bool, rounding: Rounding) -> Result<Shape, PackError> {
     let unsupported = |what: String| Err(PackError::Unsupported(what));
     let zero_points = matches!(&m.scales, Scales::Group { zero_points: Some(_), .. });
     let code = match m.elem {
@@ -24,6 +24,13 @@ pub(super) fn shape(m: &WeightMatrix, bias: bool) -> Result<Shape, PackError> {
         WeightElem::Quant(Elem::U4) if zero_points => Code::U4Zero,
         WeightElem::Quant(Elem::U4) => Code::U4,
         WeightElem::Quant(e) => return unsupported(format!("{e:?} weights")),
+    };
+    let code = match code {
+        _ if rounding == Rounding::None => code,
+        Code::Int8 => Code::Int8Rows,
+        Code::U8Zero => Code::U8ZeroRows,
+        Code::E2m1 | Code::U4 | Code::U4Zero => code,
+        _ => return unsupported(format!("{:?} weights with int8 activations", m.elem)),
     };
     if zero_points != code.zero_points() {
         return unsupported(format!("zero points for {:?} weights", m.elem));
@@ -49,7 +56,7 @@ pub(super) fn shape(m: &WeightMatrix, bias: bool) -> Result<Shape, PackError> {
         Scales::Group { ty: HalfType::Bf16, .. } => GroupScale::Bf16,
     };
     let group = m.group_cols().min(m.cols);
-    Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias })
+    Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias, rounding })
 }
 
 /// The columns in the order in which they are packed, where that is not their own.

@@ -120,21 +120,30 @@ impl SimdExperts {
         Parts { up, gate, mid, formed_mid }
     }
 
-    /// The assignment whose rows of scratch hold the inputs of assignment `a`: that of a token that all share, as in
-    /// decoding a single one, is made once.
-    fn input_of(&self, call: &ExpertsCall<'_>, a: usize) -> usize {
-        let alike = !self.permuted && call.assignments[a].input_row == call.assignments[0].input_row;
-        if alike { 0 } else { a }
+    /// The number of input rows, where their forms are made once for all experts: if these want them in the same order
+    /// and scratch, of which there is a row per assignment, has room.
+    fn common_rows(&self, call: &ExpertsCall<'_>) -> Option<usize> {
+        let rows = call.input.len() / call.input_stride;
+        (!self.permuted && rows <= call.assignments.len()).then_some(rows)
     }
 
-    /// Brings the input of an assignment into the orders of its expert's columns, and into the forms that kernels read.
-    fn prepare(&self, call: &ExpertsCall<'_>, a: usize, parts: &Parts) {
-        if self.input_of(call, a) != a {
-            return;
-        }
-        let segment = call.segments.partition_point(|s| s.start as usize <= a) - 1;
-        let orders = &self.orders[call.segments[segment].expert as usize];
-        let input = &call.input[call.assignments[a].input_row as usize * call.input_stride..][..self.hidden()];
+    /// The row of scratch that holds the input of assignment `a`.
+    fn input_of(&self, call: &ExpertsCall<'_>, a: usize) -> usize {
+        self.common_rows(call).map_or(a, |_| call.assignments[a].input_row as usize)
+    }
+
+    /// Fills row `i` of scratch: brings an input into the order of its expert's columns, and into the forms that kernels
+    /// read.
+    fn prepare(&self, call: &ExpertsCall<'_>, i: usize, parts: &Parts) {
+        let (input, expert) = match self.common_rows(call) {
+            Some(_) => (i, 0),
+            None => {
+                let segment = call.segments.partition_point(|s| s.start as usize <= i) - 1;
+                (call.assignments[i].input_row as usize, call.segments[segment].expert as usize)
+            }
+        };
+        let orders = &self.orders[expert];
+        let input = &call.input[input * call.input_stride..][..self.hidden()];
         let gate = self.gate.as_ref().filter(|_| !self.shared_input());
         let first = [gate.map(|g| (g, &orders.gate, parts.gate)), Some((&self.up, &orders.up, parts.up))];
         for (p, order, to) in first.into_iter().flatten() {
@@ -142,12 +151,12 @@ impl SimdExperts {
             if !formed && order.is_none() {
                 continue;
             }
-            // SAFETY: `strides` gave scratch rows of so many elements per assignment, `check` saw that it is so large,
-            // and no other task has this assignment.
-            let row = unsafe { std::slice::from_raw_parts_mut(to.row(a), to.stride) };
+            // SAFETY: `strides` gave scratch rows of so many elements per assignment, `check` saw that it is so large, `i`
+            // is below the number of assignments, and no other task has this row.
+            let row = unsafe { std::slice::from_raw_parts_mut(to.row(i), to.stride) };
             match order {
                 // SAFETY: `new` checked the instruction set.
-                _ if formed => unsafe { (p.form)(input, order.as_deref(), p.shape.group, row) },
+                _ if formed => unsafe { (p.form)(input, order.as_deref(), &p.shape, row) },
                 Some(order) => row.iter_mut().zip(order).for_each(|(x, c)| *x = input[*c as usize]),
                 None => {}
             }
@@ -158,10 +167,10 @@ impl SimdExperts {
     fn form_mid(&self, a: usize, parts: &Parts) {
         // SAFETY: the first phase wrote all I elements of this row of scratch and nobody writes them in this one.
         let mid = unsafe { std::slice::from_raw_parts(parts.mid.row(a), self.intermediate()) };
-        // SAFETY: as in `prepare`.
+        // SAFETY: as in `prepare`; no other task has this assignment.
         let row = unsafe { std::slice::from_raw_parts_mut(parts.formed_mid.row(a), parts.formed_mid.stride) };
         // SAFETY: `new` checked the instruction set.
-        unsafe { (self.down.form)(mid, None, self.down.shape.group, row) };
+        unsafe { (self.down.form)(mid, None, &self.down.shape, row) };
     }
 
     /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment, N at a time.
@@ -277,12 +286,13 @@ impl Experts for SimdExperts {
         let n = call.assignments.len();
         let parts = self.parts(n, scratch);
         let output = Shared(output.as_mut_ptr());
-        let rows = |elements: usize, task: &(dyn Fn(usize) + Sync)| match n * elements <= ALONE {
+        let rows = |n: usize, elements: usize, task: &(dyn Fn(usize) + Sync)| match n * elements <= ALONE {
             true => SingleThread.run(n, task),
             false => pool.run(n, task),
         };
         if parts.up.stride + parts.gate.stride > 0 {
-            rows(self.hidden(), &|a| self.prepare(&call, a, &parts));
+            let inputs = self.common_rows(&call).unwrap_or(n);
+            rows(inputs, self.hidden(), &|i| self.prepare(&call, i, &parts));
         }
         let panels = self.up.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {
@@ -294,7 +304,7 @@ impl Experts for SimdExperts {
             }
         });
         if parts.formed_mid.stride > 0 {
-            rows(self.intermediate(), &|a| self.form_mid(a, &parts));
+            rows(n, self.intermediate(), &|a| self.form_mid(a, &parts));
         }
         let panels = self.down.shape.panels();
         pool.run(call.segments.len() * panels, &|i| {

@@ -15,7 +15,7 @@ pub fn run() -> Outcome {
         out.line(format_args!(
             "| {scheme} | `{}` | {} | {} | {} | {} | {} | {} |",
             kernel.name,
-            device(kernel),
+            format_args!("{}{}", device(kernel), if kernel.by_name_only { "; by name only" } else { "" }),
             keys(*scheme, kernel),
             names(InputType::ALL.iter().filter(|t| kernel.reads(**t)).map(|t| t.name())),
             some(&Activation::ALL, |a| kernel.computes(*a), |a| a.name()),
@@ -23,6 +23,7 @@ pub fn run() -> Outcome {
             match kernel.numerics {
                 Numerics::WeightOnly => "activations stay exact",
                 Numerics::AsKeyed => "activations quantised as keyed",
+                Numerics::Int8Block => "activations rounded to int8 per 32 values",
             },
         ))?;
     }
@@ -45,7 +46,7 @@ pub fn run() -> Outcome {
 
 fn device(kernel: &KernelInfo) -> String {
     match (kernel.device, kernel.experts) {
-        (Device::Cpu, ExpertsKind::Simd) => "CPU: portable, AVX2, AVX-512".into(),
+        (Device::Cpu, ExpertsKind::Simd | ExpertsKind::SimdInt8) => "CPU: portable, AVX2, AVX-512".into(),
         (Device::Cpu, _) => "CPU".into(),
         (Device::Cuda { min }, _) => format!("NVIDIA, compute capability {}.{} up", min / 10, min % 10),
     }

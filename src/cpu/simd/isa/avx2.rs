@@ -112,6 +112,30 @@ impl Isa for Avx2 {
         let p0 = _mm256_madd_epi16(p0, _mm256_set1_epi16(1));
         _mm256_add_epi32(p2, _mm256_add_epi32(p1, p0))
     }
+    const BIAS: i32 = 128;
+    const DEPTH: usize = 4;
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> __m256i {
+        _mm256_xor_si256(_mm256_loadu_si256(p.cast()), _mm256_set1_epi8(-128))
+    }
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(mut sum: __m256i, w: [__m256i; N], x: [__m256i; N], small: bool) -> __m256i {
+        let ones = _mm256_set1_epi16(1);
+        if small {
+            // 16 bits hold 8 products of 24 and 127.
+            let mut s = _mm256_maddubs_epi16(w[0], x[0]);
+            for i in 1..N {
+                s = _mm256_add_epi16(s, _mm256_maddubs_epi16(w[i], x[i]));
+            }
+            return _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
+        }
+        for i in 0..N {
+            // |w| times x with w's sign: 16 bits hold twice 128 * 127.
+            let s = _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x[i], w[i]));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s, ones));
+        }
+        sum
+    }
     #[inline(always)]
     unsafe fn splat_int(x: i32) -> __m256i {
         _mm256_set1_epi32(x)

@@ -119,6 +119,37 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         let p0 = _mm512_madd_epi16(p0, _mm512_set1_epi16(1));
         _mm512_add_epi32(p2, _mm512_add_epi32(p1, p0))
     }
+    const BIAS: i32 = if VNNI { 0 } else { 128 };
+    const DEPTH: usize = if VNNI { 1 } else { 4 };
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> __m512i {
+        let codes = _mm512_loadu_si512(p.cast());
+        if VNNI { codes } else { _mm512_xor_si512(codes, _mm512_set1_epi8(-128)) }
+    }
+    #[inline(always)]
+    unsafe fn dot<const N: usize>(mut sum: __m512i, w: [__m512i; N], x: [__m512i; N], small: bool) -> __m512i {
+        let ones = _mm512_set1_epi16(1);
+        if !VNNI && small {
+            // 16 bits hold 8 products of 24 and 127.
+            let mut s = _mm512_maddubs_epi16(w[0], x[0]);
+            for i in 1..N {
+                s = _mm512_add_epi16(s, _mm512_maddubs_epi16(w[i], x[i]));
+            }
+            return _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
+        }
+        for i in 0..N {
+            if VNNI {
+                sum = _mm512_dpbusd_epi32(sum, w[i], x[i]);
+            } else {
+                // |w| times x with w's sign: 16 bits hold twice 128 * 127.
+                let negative = _mm512_movepi8_mask(w[i]);
+                let x = _mm512_mask_sub_epi8(x[i], negative, _mm512_setzero_si512(), x[i]);
+                let s = _mm512_maddubs_epi16(_mm512_abs_epi8(w[i]), x);
+                sum = _mm512_add_epi32(sum, _mm512_madd_epi16(s, ones));
+            }
+        }
+        sum
+    }
     #[inline(always)]
     unsafe fn splat_int(x: i32) -> __m512i {
         _mm512_set1_epi32(x)

@@ -120,6 +120,22 @@ impl Isa for Portable {
         let sum = |p: &[i16; 4 * N], i: usize| p[4 * i..4 * i + 4].iter().map(|s| i32::from(*s)).sum::<i32>();
         std::array::from_fn(|i| (sum(&p2, i) << 14) + (sum(&p1, i) << 7) + sum(&p0, i))
     }
+    const BIAS: i32 = 128;
+    const DEPTH: usize = 1;
+    #[inline(always)]
+    unsafe fn bytes(p: *const u8) -> [i16; 4 * N] {
+        p.cast::<[u8; 4 * N]>().read().map(|c| i16::from(c) - 128)
+    }
+    #[inline(always)]
+    unsafe fn dot<const S: usize>(mut sum: [i32; N], w: [[i16; 4 * N]; S], x: [[i16; 4 * N]; S], _: bool) -> [i32; N] {
+        for (w, x) in w.iter().zip(&x) {
+            let product = |i: usize| i32::from(w[i]) * i32::from(x[i]);
+            sum = std::array::from_fn(|i| {
+                sum[i] + product(4 * i) + product(4 * i + 1) + product(4 * i + 2) + product(4 * i + 3)
+            });
+        }
+        sum
+    }
     #[inline(always)]
     unsafe fn splat_int(x: i32) -> [i32; N] {
         [x; N]

@@ -44,9 +44,9 @@ fn read_back(form: &[f32], cols: usize, group: usize) -> Vec<(f64, f64)> {
 }
 
 fn form(x: &[f32], order: Option<&[u32]>, group: usize, isa: CpuIsa) -> Vec<f32> {
-    let mut out = vec![f32::NAN; fixed::len(x.len(), group)];
+    let mut out = vec![f32::NAN; fixed::len::<false>(x.len(), group)];
     // SAFETY: only detected instruction sets come here.
-    unsafe { kernel::form(isa, format::Form::Fixed)(x, order, group, &mut out) };
+    unsafe { kernel::form(isa, format::Form::Fixed)(x, order, &shape(format::Code::U4, x.len(), group), &mut out) };
     out
 }
 
@@ -135,7 +135,7 @@ fn four_bit_zero_points_have_a_limit() {
     for (zero, good) in [(16, true), (31, true), (32, false), (255, false)] {
         let Scales::Group { zero_points: Some(z), .. } = &mut m.scales else { unreachable!() };
         z.fill(zero);
-        let shape = pack::shape(&m, false);
+        let shape = pack::shape(&m, false, Rounding::None);
         assert_eq!(shape.is_ok(), good, "{zero}");
         let Ok(shape) = shape else { continue };
         // The largest sums there are: every product as far from 0 as it can be, all of one sign.
@@ -147,7 +147,7 @@ fn four_bit_zero_points_have_a_limit() {
             let (x, mut out) = (form(&x, None, shape.group, isa), [[0f32; format::PANEL]]);
             let mut job = kernel::Job { shape: &shape, panel: &bytes, x: &[x.as_ptr()], out: &mut out };
             // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
-            unsafe { kernel::kernel(isa, shape.code)(&mut job) };
+            unsafe { kernel::kernel(isa, &shape)(&mut job) };
             for (r, y) in out[0].iter().enumerate() {
                 let want: f64 = (0..64).map(|c| f64::from(m.value(r, c)) * f64::from(f32::MAX / 1e10)).sum();
                 assert!((f64::from(*y) / want - 1.0).abs() < 1e-6, "{zero} {}: {y} {want}", isa.name());

@@ -9,7 +9,9 @@ fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
 fn form(x: &[f32], order: Option<&[u32]>, isa: CpuIsa) -> Vec<f32> {
     let mut out = vec![f32::NAN; scaled::HEAD + x.len()];
     // SAFETY: only detected instruction sets come here.
-    unsafe { kernel::form(isa, format::Form::Scaled)(x, order, 0, &mut out) };
+    unsafe {
+        kernel::form(isa, format::Form::Scaled)(x, order, &shape(format::Code::E4m3, x.len(), x.len()), &mut out)
+    };
     out
 }
 
@@ -18,13 +20,13 @@ fn product(isa: CpuIsa, x: &[f32]) -> Vec<f32> {
     let mut rng = Rng(17);
     let mut m = matrix(Kind::Row(Elem::E4m3), 32, x.len(), &mut rng);
     m.codes = m.codes.iter().map(|c| if c & 1 == 0 { c & 0x87 } else { *c }).collect::<Vec<_>>().into();
-    let shape = pack::shape(&m, false).unwrap();
+    let shape = pack::shape(&m, false, Rounding::None).unwrap();
     let mut bytes = vec![0; shape.panel_bytes()];
     pack::panel(&m, &shape, None, None, 0, &mut bytes);
     let (x, mut out) = (form(x, None, isa), [[0f32; format::PANEL]]);
     let mut job = kernel::Job { shape: &shape, panel: &bytes, x: &[x.as_ptr()], out: &mut out };
     // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
-    unsafe { kernel::kernel(isa, shape.code)(&mut job) };
+    unsafe { kernel::kernel(isa, &shape)(&mut job) };
     out[0].to_vec()
 }
 
