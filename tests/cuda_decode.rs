@@ -59,14 +59,8 @@ fn with_batch_invariance_a_token_is_alone() {
         let c = MoeConfig { batch_invariant: true, ..config(6, 3, 192, 96) };
         let layer = weights::layer(&mut rng, oracle, c);
         let kernel = gpu::kernel(&stream, &layer, KIND, None);
-        let x = hidden(&mut rng, 13, &layer.config);
-        let (ids, weights) = route(&mut rng, 13, &layer.config, Skew::Zipf);
-        let all = gpu::forward(&stream, &kernel, &x, &ids, &weights);
-        for t in 0..13 {
-            let (row, slots) = (t * 192..(t + 1) * 192, t * 3..(t + 1) * 3);
-            let alone = gpu::forward(&stream, &kernel, &x[row.clone()], &ids[slots.clone()], &weights[slots]);
-            assert_eq!(all[row], alone, "{}, token {t}", oracle.alias);
-        }
+        let all: Vec<usize> = (0..13).collect();
+        packed::tokens_are_alone(&stream, &kernel, &layer, &mut rng, 13, &all);
     }
 }
 
@@ -82,14 +76,7 @@ fn layers_as_large_as_real_ones() {
         // Here the groups of warps have several units, so that who does what changes from unit to unit.
         let layer = Layer { config: MoeConfig { batch_invariant: true, ..layer.config }, ..layer };
         let kernel = gpu::kernel(&stream, &layer, KIND, None);
-        let x = hidden(&mut rng, 8, &layer.config);
-        let (ids, weights) = route(&mut rng, 8, &layer.config, Skew::Zipf);
-        let all = gpu::forward(&stream, &kernel, &x, &ids, &weights);
-        for t in [0, 5, 7] {
-            let (row, slots) = (t * 2048..(t + 1) * 2048, t * 8..(t + 1) * 8);
-            let alone = gpu::forward(&stream, &kernel, &x[row.clone()], &ids[slots.clone()], &weights[slots]);
-            assert_eq!(all[row], alone, "{alias}, token {t}");
-        }
+        packed::tokens_are_alone(&stream, &kernel, &layer, &mut rng, 8, &[0, 5, 7]);
     }
 }
 

@@ -81,14 +81,7 @@ fn with_batch_invariance_a_token_is_alone() {
         let mut kernel = gpu::kernel(&stream, &layer, KIND, None);
         let why = kernel.set_families(Families { decode_up_to: 1, tile: None }).unwrap_err();
         assert!(why.to_string().contains("batch-invariant"), "{why}");
-        let x = hidden(&mut rng, 75, &layer.config);
-        let (ids, weights) = route(&mut rng, 75, &layer.config, Skew::Zipf);
-        let all = gpu::forward(&stream, &kernel, &x, &ids, &weights);
-        for t in [0, 1, 13, 40, 74] {
-            let (row, slots) = (t * 192..(t + 1) * 192, t * 3..(t + 1) * 3);
-            let alone = gpu::forward(&stream, &kernel, &x[row.clone()], &ids[slots.clone()], &weights[slots]);
-            assert_eq!(all[row], alone, "{}, token {t}", oracle.alias);
-        }
+        packed::tokens_are_alone(&stream, &kernel, &layer, &mut rng, 75, &[0, 1, 13, 40, 74]);
     }
 }
 

@@ -64,6 +64,26 @@ pub fn check(
     bits
 }
 
+/// Of `tokens` tokens in one call, those of `which` have the bits that they have alone.
+pub fn tokens_are_alone(
+    stream: &Stream,
+    kernel: &CudaKernel,
+    layer: &Layer,
+    rng: &mut Rng,
+    tokens: usize,
+    which: &[usize],
+) {
+    let MoeConfig { hidden: h, topk: k, .. } = layer.config;
+    let x = hidden(rng, tokens, &layer.config);
+    let (ids, weights) = route(rng, tokens, &layer.config, Skew::Zipf);
+    let all = gpu::forward(stream, kernel, &x, &ids, &weights);
+    for &t in which {
+        let (row, slots) = (t * h..(t + 1) * h, t * k..(t + 1) * k);
+        let alone = gpu::forward(stream, kernel, &x[row.clone()], &ids[slots.clone()], &weights[slots]);
+        assert_eq!(all[row], alone, "{}, token {t}", layer.oracle.alias);
+    }
+}
+
 /// Layers of every oracle and odd sizes, numbered, for `check`.
 pub fn every_oracle(mut check: impl FnMut(usize, &Layer, &mut Rng)) {
     for (n, oracle) in ORACLES.iter().enumerate() {

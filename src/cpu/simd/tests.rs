@@ -11,6 +11,11 @@ use crate::weights::{HalfType, Scales, WeightElem};
 use bytes::Bytes;
 use proptest::prelude::*;
 
+/// Those of this processor.
+fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
+    CpuIsa::ALL.into_iter().filter(|isa| *isa <= CpuIsa::detect())
+}
+
 /// xorshift64*
 struct Rng(u64);
 

@@ -23,10 +23,6 @@ const BYTES_AND_NIBBLES: [Kind; 16] = [
     Kind::Group(Elem::U8, 0, true, false),
 ];
 
-fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
-    CpuIsa::ALL.into_iter().filter(|isa| *isa <= CpuIsa::detect())
-}
-
 /// Columns in packed order, and the blocks that share a scale.
 fn blocks(m: &WeightMatrix, rounding: Rounding) -> Vec<Vec<usize>> {
     let group = m.group_cols().min(m.cols);

@@ -11,10 +11,6 @@ const FOUR_BIT: [Kind; 6] = [
     Kind::Group(Elem::U4, 0, false, false),
 ];
 
-fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
-    CpuIsa::ALL.into_iter().filter(|isa| *isa <= CpuIsa::detect())
-}
-
 /// The form of a row, read back as its module documents it: values, and the scale of each one's block.
 fn read_back(form: &[f32], cols: usize, group: usize) -> Vec<(f64, f64)> {
     let mut bytes = bytemuck::cast_slice::<f32, u8>(form);

@@ -2,10 +2,6 @@
 
 use super::*;
 
-fn instruction_sets() -> impl Iterator<Item = CpuIsa> {
-    CpuIsa::ALL.into_iter().filter(|isa| *isa <= CpuIsa::detect())
-}
-
 fn form(x: &[f32], order: Option<&[u32]>, isa: CpuIsa) -> Vec<f32> {
     let mut out = vec![f32::NAN; scaled::HEAD + x.len()];
     // SAFETY: only detected instruction sets come here.
