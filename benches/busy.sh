@@ -13,7 +13,8 @@ trap '[ -z "$hog" ] || kill "$hog"; rm -r "$folder"' EXIT
 measure() { # file, threads, arguments
   local file=$1 threads=$2
   shift 2
-  taskset -c 0,1 target/release/moe-oracle bench --tokens 1 --threads "$threads" --json "$folder/$file" "$@" >/dev/null 2>&1
+  taskset -c 0,1 target/release/moe-oracle bench --tokens 1 --threads "$threads" --json "$folder/$file" "$@" \
+    >"$folder/log" 2>&1 || { cat "$folder/log" >&2; exit 1; }
 }
 
 measure idle2 2 "$@"

@@ -7,13 +7,16 @@
 //! exact.
 
 mod ours;
+#[path = "../../../src/bin/moe-oracle/bench/rng.rs"]
+mod rng;
 mod theirs;
 mod weights;
 
 use clap::{Parser, ValueEnum};
+use rng::Rng;
 use std::error::Error;
 use std::time::Instant;
-use weights::{Rng, Weights};
+use weights::Weights;
 
 /// The layer's sizes; those of Qwen3-30B-A3B, with fewer experts (still many times a cache).
 #[derive(Clone, Copy)]
@@ -112,7 +115,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let theirs = theirs::Layer::new(&made)?;
         let mut ours = ours::Layer::new(made, threads, &args.backend)?;
         for &tokens in &args.tokens {
-            let mut rng = Rng(tokens as u64);
+            let mut rng = Rng::new(tokens as u64);
             let (mut a, mut b, mut worst) = (Vec::new(), Vec::new(), 0f64);
             // The first of each is a warm-up. In turn, so that a neighbour's load meets both.
             for n in 0..=args.calls {

@@ -1,32 +1,11 @@
 //! Random weights that both sides hold exactly.
 
+use crate::rng::Rng;
 use crate::{Format, Sizes};
 use half::f16;
 
 /// Columns that share a scale.
 pub const GROUP: usize = 32;
-
-/// splitmix64
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// Between -1 and 1.
-    pub fn signed(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-}
 
 /// A matrix, row-major: a code per element (int8, or u4 in the low bits) and a scale per group.
 pub struct Matrix {
@@ -59,7 +38,7 @@ pub struct Weights {
 
 impl Weights {
     pub fn new(format: Format, sizes: Sizes) -> Self {
-        let mut rng = Rng(7);
+        let mut rng = Rng::new(7);
         let (h, i) = (sizes.hidden, sizes.intermediate);
         let mut matrix = |rows, cols| Matrix::new(format, rows, cols, &mut rng);
         let experts = (0..sizes.experts).map(|_| [matrix(i, h), matrix(i, h), matrix(h, i)]).collect();
