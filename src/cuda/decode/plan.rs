@@ -62,8 +62,8 @@ pub struct Plan {
     pub first_blocks: usize,
     /// Its blocks' groups take units that are far apart, so that few units come to all multiprocessors; else neighbours.
     pub spread: bool,
-    /// When it sends for which of its units a group lets the second kernel start: what that one sends for ahead of time is to come
-    /// behind most of what the first one waits for.
+    /// When it sends for which of its units a group lets the second kernel start: what that one sends for ahead of time is
+    /// to come behind most of what the first one waits for.
     pub release: usize,
     pub second: Shape,
 }
