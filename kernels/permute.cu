@@ -3,7 +3,8 @@
 //
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, in whatever order within an
 // expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
-// experts, and fills the rest of the list, whose length the host knows only as a bound, with -1.
+// experts, and fills the rest of the list, whose length the host knows only as a bound, with -1. An expert's tiles are as
+// equal as multiples of kGranularity allow: a small one costs nearly as much as a large one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -20,6 +21,8 @@ constexpr int kThreads = 1024;
 constexpr int kMaxExperts = kThreads;
 // Ids that a thread has under way.
 constexpr int kAhead = 8;
+// Assignments that a tile's size is a multiple of, its expert's last tile aside.
+constexpr int kGranularity = 16;
 
 struct PlanParams {
     const int* ids;     // [assignments], global, -1 for none
@@ -84,16 +87,26 @@ struct LayOutParams {
     const uint4* x;     // [tokens, eights]
     const int* rows;    // [rows] assignment of each row, or null for the batched format: as they lie
     const int* counts;  // batched format: [local experts]
-    char* planes;       // [planes][rows][16 * chunks], written; common/planes.cuh
+    char* planes;       // [planes][rows][moe::kRowBytes], written; common/planes.cuh
     int count;          // rows
     int topk, max_tokens;
     int eights;         // of 16 bytes, that a token has
-    int chunks, planes_count;
+    int planes_count;
+    int lift;           // multiply them, bf16, by 2^80
 };
 static_assert(sizeof(LayOutParams) == 56, "");
 
 // Warps of a block; 16-byte chunks of a row that a lane copies.
 constexpr int kLayOutWarps = 8, kEach = 4;
+// Chunks of a row in a plane.
+constexpr int kChunks = moe::kRowBytes / 16;
+
+// Eight bf16 times 2^80.
+__device__ __forceinline__ uint4 lifted(uint4 v) {
+    constexpr uint32_t kPair = 0x67806780u;
+    return make_uint4(moe::Bf16::mul(v.x, kPair), moe::Bf16::mul(v.y, kPair), moe::Bf16::mul(v.z, kPair),
+                      moe::Bf16::mul(v.w, kPair));
+}
 
 struct CombineParams {
     const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
@@ -170,9 +183,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     const int2 before = sum_before(make_int2(count, tiles), all);
     const int start = p.counts != nullptr ? t * p.max_tokens : before.x;
     places[t] = before.x;
+    const int even = (count + tiles - 1) / max(tiles, 1);
+    const int each = min(p.tile, (even + kGranularity - 1) / kGranularity * kGranularity);
     for (int i = 0; i < tiles; i++) {
-        const int first = i * p.tile;
-        p.tiles[before.y + i] = make_int4(t, start + first, min(count - first, p.tile), i | tiles << 16);
+        p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
     }
     for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
     __syncthreads();
@@ -186,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
 extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(const __grid_constant__ LayOutParams p) {
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    const int all = p.chunks * p.planes_count, parts = (all + 32 * kEach - 1) / (32 * kEach);
+    const int all = kChunks * p.planes_count, parts = (all + 32 * kEach - 1) / (32 * kEach);
     const long long unit = static_cast<long long>(blockIdx.x) * kLayOutWarps + threadIdx.x / 32;
     const int row = static_cast<int>(unit / parts), first = static_cast<int>(unit % parts) * (32 * kEach) + threadIdx.x % 32;
     if (row >= p.count) return;
@@ -206,8 +220,9 @@ extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(cons
     }
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-        const int at = first + 32 * i, plane = at / p.chunks, chunk = at % p.chunks ^ moe::swizzle(row);
-        if (at < all) *reinterpret_cast<uint4*>(p.planes + ((static_cast<long long>(plane) * p.count + row) * p.chunks + chunk) * 16) = v[i];
+        const int at = first + 32 * i, plane = at / kChunks, chunk = at % kChunks ^ moe::swizzle(row);
+        char* to = p.planes + (static_cast<long long>(plane) * p.count + row) * moe::kRowBytes + chunk * 16;
+        if (at < all) *reinterpret_cast<uint4*>(to) = p.lift ? lifted(v[i]) : v[i];
     }
 }
 

@@ -35,9 +35,11 @@ struct Dequant {
     static constexpr bool kZeros = kScale == Scale::kHalf;
     // Columns in the order for groups of 16.
     static constexpr bool kNarrow = kScale == Scale::kE4m3;
+    // Operands are tiny and tokens multiplied by 2^80, as in the decode kernels; elsewhere a scale makes up for it.
+    static constexpr bool kLift = Q::kLift && kE4m3 && (kScale == Scale::kNone || kScale == Scale::kF32);
     // What is left to multiply a row's sum by, beside its factor, which suits the decode kernels' operands.
     static constexpr float kPost = kE4m3 && kScale == Scale::kE8m0 ? power(C::kBf16 ? -40 : -8)
-                                   : kE4m3                         ? power(C::kBf16 ? -40 : 0)
+                                   : kE4m3                         ? 1.f
                                    : kE2m1 && kNarrow              ? power(C::kBf16 ? -32 : -7)
                                    : kE2m1                         ? power(C::kBf16 ? -46 : -14)
                                                                    : 1.f;
@@ -53,24 +55,37 @@ struct Dequant {
         if constexpr (kZeros) factor[0] = factor[1] = twice((kInt4 ? 8.f : 0.f) + Q::kOffset);
     }
 
-    // Enters the scales of the stage's 32 columns `quarter`, whose lane group's word is at `at`. Returns whether the sums
-    // must be multiplied by `move`.
-    __device__ __forceinline__ bool enter(uint32_t at, int quarter, const ScaleLayout& s, float (&move)[2]) {
+    // Whether the units change with the stage's 32 columns `quarter`.
+    static __device__ __forceinline__ bool moves(int quarter, const ScaleLayout& s) {
+        return kUnits && (quarter == 0 || (quarter * s.groups & 3) == 0);
+    }
+
+    // The scales of those columns, and zero points, of a lane group whose word is at `at`.
+    static __device__ __forceinline__ uint2 scales_of(uint32_t at, int quarter, const ScaleLayout& s) {
         if constexpr (kUnits) {
-            if (quarter > 0 && (quarter * s.groups & 3) != 0) return false;
             const int group = quarter > 0 ? quarter * s.groups >> 2 : 0;
+            if constexpr (kScale == Scale::kF32) return read_shared<uint2>(at + 8 * group);
+            const uint32_t from = at + (s.zero ? 8 : 4) * group;
+            return make_uint2(read_shared<uint32_t>(from), s.zero ? read_shared<uint32_t>(from + 4) : 0);
+        } else if constexpr (kScale == Scale::kE8m0) {
+            return make_uint2(read_shared<uint32_t>(at), read_shared<uint32_t>(at + 4));
+        }
+        return make_uint2(0, 0);
+    }
+
+    // Enters them. Where the units change, the sums must be multiplied by `move`.
+    __device__ __forceinline__ void enter(uint2 scales, int quarter, const ScaleLayout& s, float (&move)[2]) {
+        if constexpr (kUnits) {
             float now[2];
             if constexpr (kScale == Scale::kF32) {
-                const uint2 v = read_shared<uint2>(at + 8 * group);
-                now[0] = __uint_as_float(v.x), now[1] = __uint_as_float(v.y);
-            } else if (s.zero) {
-                const uint2 v = read_shared<uint2>(at + 8 * group);
-                two_halves(v.x, s.bf16, now);
-                float zeros[2];
-                two_halves(v.y, false, zeros);
-                factor[0] = twice(zeros[0] + Q::kOffset), factor[1] = twice(zeros[1] + Q::kOffset);
+                now[0] = __uint_as_float(scales.x), now[1] = __uint_as_float(scales.y);
             } else {
-                two_halves(read_shared<uint32_t>(at + 4 * group), s.bf16, now);
+                two_halves(scales.x, s.bf16, now);
+                if (s.zero) {
+                    float zeros[2];
+                    two_halves(scales.y, false, zeros);
+                    factor[0] = twice(zeros[0] + Q::kOffset), factor[1] = twice(zeros[1] + Q::kOffset);
+                }
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -79,12 +94,11 @@ struct Dequant {
                 move[i] = unit[i] * reciprocal(now[i]);
                 unit[i] = now[i];
             }
-            return true;
         } else if constexpr (kScale == Scale::kE8m0) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 // The exponent byte into both halves; the row's largest is 127, which stands for 1.
-                const uint32_t e = __byte_perm(read_shared<uint32_t>(at + 4 * i), 0, 0x4040 + 0x0101 * quarter);
+                const uint32_t e = __byte_perm(i == 0 ? scales.x : scales.y, 0, 0x4040 + 0x0101 * quarter);
                 if constexpr (C::kBf16) {
                     factor[i] = (e + (kE4m3 ? 0x00780078u : 0x007e007eu)) << 7;
                 } else {
@@ -92,7 +106,6 @@ struct Dequant {
                 }
             }
         }
-        return false;
     }
 
     // For each 16 columns `step` of a stage (e4m3 scales): the row's scale times 2^112 (bf16) or 2^7 (f16).
@@ -121,8 +134,6 @@ struct Dequant {
                 a[i] = C::sub(a[i], factor[i % 2]);
             } else if constexpr (kScale == Scale::kE8m0 || kScale == Scale::kE4m3) {
                 a[i] = C::mul(a[i], factor[i % 2]);
-            } else if constexpr (kE4m3 && C::kBf16) {
-                a[i] = C::mul(a[i], 0x7b807b80u);  // 2^120
             }
         }
     }

@@ -6,15 +6,17 @@ use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
-use super::pack::{Codes, Format, PackedExperts};
-use super::permute::{Permute, Planes, Source, Sum, TILE_BYTES, max_tiles};
+use super::pack::{Codes, Compute, Format, PackedExperts, StageScales};
+use super::permute::{Permute, Planes, ROW_BYTES, Source, Sum, TILE_BYTES, max_tiles};
 use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
 
-/// Stages of a ring at most, and where it begins; kernels/mma.cu has the same.
+/// Places of a ring at most, and where the first begins; kernels/mma/task.cuh has the same.
 const MAX_DEPTH: usize = 8;
-const RING_AT: usize = 16 * MAX_DEPTH;
+const RING_AT: usize = 32 * MAX_DEPTH;
+/// Warps of a block.
+const WARPS: usize = 4;
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -46,34 +48,44 @@ impl Tile {
         ["moe_mma_16", "moe_mma_32", "moe_mma_64", "moe_mma_128"][self as usize]
     }
 
-    /// Warps of a block; kernels/mma.cu has the same, and what follows.
-    const fn warps(self) -> usize {
-        [4, 4, 4, 8][self as usize]
+    /// Whether a warp takes 64 rows; kernels/mma/task.cuh has the same, and what follows.
+    const fn wide(self, format: Format) -> bool {
+        match self {
+            Tile::T16 | Tile::T32 => false,
+            Tile::T64 => !matches!((format.codes, format.scales), (Codes::Half, _) | (_, StageScales::Half(..))),
+            Tile::T128 => true,
+        }
     }
 
     /// Slabs of a block.
-    const fn slabs(self) -> usize {
-        2 * self.warps()
+    const fn slabs(self, format: Format) -> usize {
+        if matches!(self, Tile::T64) && self.wide(format) { 16 } else { 8 }
     }
 
     /// Floats of a token's results in shared memory.
-    const fn pitch(self) -> usize {
-        16 * self.slabs() + 4
+    const fn pitch(self, format: Format) -> usize {
+        16 * self.slabs(format) + 4
     }
 
     /// Blocks that a multiprocessor's registers hold.
-    const fn resident(self) -> usize {
-        [6, 4, 3, 1][self as usize]
+    const fn resident(self, format: Format) -> usize {
+        match self {
+            Tile::T16 => 6,
+            Tile::T32 => 4,
+            _ if self.wide(format) => 2,
+            _ => 3,
+        }
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
-    /// weights are read and unpacked once. The largest pays only where nothing is unpacked and most tiles are full
-    /// (benches/RESULTS.md has the times of all).
+    /// weights are read and unpacked once. The largest pays only where smaller ones have warps of few rows and most of its
+    /// columns hold tokens (benches/RESULTS.md has the times).
     fn of(format: Format, assignments: usize, experts: usize) -> Self {
         let mean = assignments as f64 / experts as f64;
         // One standard deviation more than the mean.
         let most = mean + mean.sqrt();
-        let largest = if format.codes == Codes::Half && mean >= 256.0 { Tile::T128 } else { Tile::T64 };
+        let full = if format.codes == Codes::Half { 256.0 } else { 512.0 };
+        let largest = if !Tile::T64.wide(format) && mean >= full { Tile::T128 } else { Tile::T64 };
         Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).map_or(largest, |t| t.min(largest))
     }
 }
@@ -101,7 +113,8 @@ struct GemmParams {
     plane: i64,
     out_columns: i32,
     row_tiles: i32,
-    depth: i32,
+    depth: i16,
+    weights_depth: i16,
     kind: i32,
     scales: ScaleLayout,
     activation: Activation,
@@ -115,36 +128,58 @@ const FIRST: i32 = 0;
 const SECOND: i32 = 1;
 const BATCHED: i32 = 2;
 
-/// A block's ring in shared memory.
+/// A block's shared memory: a ring of stages, or, for many tokens, rings of token blocks and of weight stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ring {
     depth: usize,
+    weights_depth: usize,
     shared: usize,
 }
 
 impl Ring {
-    /// As many blocks to a multiprocessor as its registers and memory hold with three stages each, or with two; one more
-    /// stage in flight is worth more than one more block. `shared` bytes are what a block may have.
+    /// As many blocks to a multiprocessor as its registers and memory hold with rings deep enough; one more stage in flight
+    /// is worth more than one more block. `shared` bytes are what a block may have.
     fn new(format: Format, tile: Tile, shared: usize) -> Option<Self> {
         let blocks = blocks(format);
-        let place =
-            tile.tokens() * blocks * 128 + tile.slabs() * (blocks * format.block_bytes() + format.scale_bytes());
-        let results = 4 * tile.pitch() * tile.tokens();
+        let tokens = tile.tokens() * ROW_BYTES;
+        let weights = tile.slabs(format) * (blocks * format.block_bytes() + format.scale_bytes());
+        let results = 4 * tile.pitch(format) * tile.tokens();
         let fit = |least: usize| {
-            (1..=tile.resident()).rev().find_map(|resident| {
+            (1..=tile.resident(format)).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
-                let depth = (each.checked_sub(RING_AT)? / place).min(MAX_DEPTH);
-                let shared = RING_AT + (depth * place).max(results);
-                (depth >= least && shared <= each).then_some(Ring { depth, shared })
+                let room = each.checked_sub(RING_AT)?;
+                let (depth, weights_depth, used) = if tile.wide(format) {
+                    // A stage of weights is sent for no later than the tokens of its first block.
+                    let with = |weights_depth: usize| {
+                        let left = room.checked_sub(weights_depth * weights)?;
+                        let depth = (left / tokens).min(blocks * (weights_depth - 1) + 1).min(MAX_DEPTH);
+                        Some((depth, weights_depth, depth * tokens + weights_depth * weights))
+                    };
+                    (2..=MAX_DEPTH).rev().filter_map(with).max_by_key(|r| r.0)?
+                } else {
+                    let place = blocks * tokens + weights;
+                    let depth = (room / place).min(MAX_DEPTH);
+                    (depth, depth, depth * place)
+                };
+                let shared = RING_AT + used.max(results);
+                (depth.min(weights_depth) >= least && shared <= each).then_some(Ring { depth, weights_depth, shared })
             })
         };
-        fit(3).or_else(|| fit(2))
+        if tile.wide(format) { fit(2) } else { fit(3).or_else(|| fit(2)) }
     }
 }
 
 /// Blocks of 64 columns that a stage has.
 fn blocks(format: Format) -> usize {
     if format.codes == Codes::Half { 1 } else { 2 }
+}
+
+/// `kLift` in kernels/common/dequant.cuh.
+fn lifts(format: Format) -> bool {
+    matches!(
+        (format.codes, format.compute, format.scales),
+        (Codes::E4m3, Compute::Bf16, StageScales::None | StageScales::F32(_))
+    )
 }
 
 /// What a call works on: device addresses.
@@ -204,8 +239,7 @@ impl Mma {
         if kernels[0].is_none() {
             return Err(CudaError::Argument("this GPU has too little shared memory for cuda_mma"));
         }
-        let planes =
-            |columns: usize| Planes { count: columns.div_ceil(blocks(format)), row_bytes: 128 * blocks(format) };
+        let planes = |blocks: usize| Planes { count: blocks, lift: lifts(format) };
         Ok(Self {
             kernels,
             permute: Permute::new(gpu, config)?,
@@ -331,8 +365,9 @@ impl Mma {
             rows: call.rows,
             tiles: call.tiles,
             // Those of both have rows of as many bytes.
-            plane: (call.assignments * self.x.row_bytes) as i64,
-            depth: ring.depth as i32,
+            plane: (call.assignments * ROW_BYTES) as i64,
+            depth: ring.depth as i16,
+            weights_depth: ring.weights_depth as i16,
             scales: self.scales,
             activation: Activation::of(c.activation),
             ..bytemuck::Zeroable::zeroed()
@@ -355,10 +390,10 @@ impl Mma {
             ..common
         };
         for params in [first, second] {
-            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs());
+            let row_tiles = (params.weights.slabs as usize).div_ceil(tile.slabs(self.format));
             let blocks = row_tiles.checked_mul(tiles).and_then(|b| i32::try_from(b).ok()).ok_or(TOO_LARGE)?;
             let params = GemmParams { row_tiles: row_tiles as i32, ..params };
-            let launch = Launch::new(blocks as u32, 32 * tile.warps() as u32).shared(ring.shared as u32).overlap(true);
+            let launch = Launch::new(blocks as u32, 32 * WARPS as u32).shared(ring.shared as u32).overlap(true);
             // SAFETY: the kernel's only parameter; the rest is the caller's promise.
             unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)])? };
         }
@@ -399,7 +434,6 @@ impl Parts {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pack::{Compute, StageScales};
     use super::*;
 
     const H200: usize = 227 << 10;
@@ -411,22 +445,24 @@ mod tests {
 
     #[test]
     fn the_kernels_have_the_same_numbers() {
-        let source = include_str!("../../kernels/mma.cu");
+        let source = concat!(include_str!("../../kernels/mma.cu"), include_str!("../../kernels/mma/task.cuh"));
         for text in [
-            "kWarps = kN == 128 ? 8 : 4, kThreads = 32 * kWarps;",
-            "kSlabs = 2 * kWarps;",
+            "kWide = kN > 64 || (kN == 64 && Q::kWords < 4 && Format::kScale != Scale::kHalf);",
+            "kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;",
+            "kWarps = 4, kThreads = 32 * kWarps;",
+            "kWarpColumns = kN == 128 ? 2 : 1;",
+            "kWarpSlabs = kWide ? 4 : 2;",
+            "kSlabs = kWarps / kWarpColumns * kWarpSlabs;",
             "kPitch = 16 * kSlabs + 4;",
-            "kMaxDepth = 8,",
-            "kRingAt = 16 * kMaxDepth;",
+            "kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
         ] {
             assert!(source.contains(text), "{text}");
         }
         for tile in Tile::ALL {
-            let threads = 32 * tile.warps();
-            let bounds = format!("__launch_bounds__({threads}, {}) {}(", tile.resident(), tile.entry());
-            assert!(source.contains(&bounds), "{bounds}");
-            assert!(source.contains(&format!("moe::gemm<{}>(p)", tile.tokens())), "{tile:?}");
+            let entry = format!("MOE_ENTRY({})", tile.tokens());
+            assert!(source.contains(&entry), "{entry}");
+            assert_eq!(tile.entry(), format!("moe_mma_{}", tile.tokens()));
         }
     }
 
@@ -441,9 +477,9 @@ mod tests {
         ] {
             for tile in Tile::ALL {
                 let ring = Ring::new(f, tile, H200).unwrap();
-                assert!((3..=MAX_DEPTH).contains(&ring.depth), "{f:?} {tile:?} {ring:?}");
+                assert!((2..=MAX_DEPTH).contains(&ring.depth), "{f:?} {tile:?} {ring:?}");
                 assert!(
-                    ring.shared <= H200 && ring.shared >= 4 * tile.pitch() * tile.tokens(),
+                    ring.shared <= H200 && ring.shared >= 4 * tile.pitch(f) * tile.tokens(),
                     "{f:?} {tile:?} {ring:?}"
                 );
             }
@@ -466,12 +502,15 @@ mod tests {
     #[test]
     fn tiles_grow_with_the_tokens_of_an_expert() {
         let (half, int4) = (format(Codes::Half, StageScales::None), format(Codes::U4, StageScales::Half(1, false)));
+        let fp8 = format(Codes::E4m3, StageScales::None);
         for (format, tokens, experts, topk, want) in [
             (int4, 9, 128, 8, Tile::T16),
             (int4, 64, 128, 8, Tile::T16),
             (int4, 256, 128, 8, Tile::T32),
             (int4, 1024, 128, 8, Tile::T64),
             (int4, 4096, 128, 8, Tile::T64),
+            (int4, 4096, 8, 2, Tile::T128),
+            (fp8, 4096, 8, 2, Tile::T64),
             (half, 1024, 128, 8, Tile::T64),
             (half, 4096, 128, 8, Tile::T128),
             (int4, 64, 8, 2, Tile::T32),

@@ -48,8 +48,8 @@ struct LayOutParams {
     topk: i32,
     max_tokens: i32,
     eights: i32,
-    chunks: i32,
     planes_count: i32,
+    lift: i32,
 }
 
 /// As `CombineParams` in kernels/permute.cu.
@@ -86,22 +86,26 @@ pub(super) enum Source {
     Counts { counts: u64, max: usize },
 }
 
-/// How tokens lie for the grouped GEMM: `[planes][rows][row_bytes]`, see kernels/common/planes.cuh.
+/// Bytes of a token's row in a plane, which holds 64 columns.
+pub(super) const ROW_BYTES: usize = 128;
+
+/// How tokens lie for the grouped GEMM: `[planes][rows][ROW_BYTES]`, see kernels/common/planes.cuh.
 #[derive(Clone, Copy)]
 pub(super) struct Planes {
     pub count: usize,
-    pub row_bytes: usize,
+    /// Multiplied by 2^80.
+    pub lift: bool,
 }
 
 impl Planes {
     /// Bytes for so many rows.
     pub fn bytes(self, rows: usize) -> Option<usize> {
-        rows.checked_mul(self.count * self.row_bytes)
+        rows.checked_mul(self.count * ROW_BYTES)
     }
 
     /// 16-bit columns of all planes.
     pub fn columns(self) -> usize {
-        self.count * self.row_bytes / 2
+        self.count * ROW_BYTES / 2
     }
 }
 
@@ -196,15 +200,15 @@ impl Permute {
             count: rows as i32,
             topk: c.topk as i32,
             eights: (c.hidden / 8) as i32,
-            chunks: (planes.row_bytes / 16) as i32,
             planes_count: planes.count as i32,
+            lift: i32::from(planes.lift),
             ..bytemuck::Zeroable::zeroed()
         };
         let params = match source {
             Source::Ids { rows, .. } => LayOutParams { rows, ..common },
             Source::Counts { counts, max } => LayOutParams { counts, max_tokens: max as i32, ..common },
         };
-        let parts = (planes.row_bytes / 16 * planes.count).div_ceil(LAY_OUT_CHUNKS);
+        let parts = (ROW_BYTES / 16 * planes.count).div_ceil(LAY_OUT_CHUNKS);
         let blocks = u32::try_from((rows * parts).div_ceil(LAY_OUT_WARPS)).ok().filter(|b| *b <= i32::MAX as u32);
         let blocks =
             blocks.ok_or(CudaError::Argument("the call is too large for a grid of the GPU: split the batch"))?;
