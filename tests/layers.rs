@@ -25,7 +25,7 @@ fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
 fn bound(layer: &Layer, target: Target) -> f64 {
     let exact = match target.info.numerics {
         Numerics::WeightOnly => true,
-        Numerics::AsKeyed => layer.oracle.activation == 0,
+        Numerics::AsKeyed | Numerics::Mixed => layer.oracle.activation == 0,
         Numerics::Int8Block => false,
     };
     let out = match layer.config.input {

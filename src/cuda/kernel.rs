@@ -18,7 +18,12 @@ pub enum GpuWeights {
     /// For `cuda_decode`.
     Decode(PackedExperts),
     /// For `cuda_mma`.
-    Mma(PackedExperts),
+    Mma {
+        /// The weights.
+        packed: PackedExperts,
+        /// What the input of each GEMM is quantised to where the kernels multiply it so; `None`: activations stay exact.
+        activation: Option<QuantKey>,
+    },
     /// For `cuda_emulation`.
     Emulation {
         /// As read.
@@ -32,7 +37,7 @@ impl GpuWeights {
     /// Bytes that one expert's use must read, as the checkpoint stores them.
     pub fn bytes_per_expert(&self) -> usize {
         match self {
-            GpuWeights::Decode(packed) | GpuWeights::Mma(packed) => packed.bytes_per_expert,
+            GpuWeights::Decode(packed) | GpuWeights::Mma { packed, .. } => packed.bytes_per_expert,
             GpuWeights::Emulation { weights, .. } => weights.experts.first().map_or(0, ExpertWeights::bytes),
         }
     }
@@ -111,13 +116,13 @@ impl CudaKernel {
         if config.format == ActivationFormat::Standard || map.is_some() {
             kernel::check_map(map, config)?;
         }
-        if let GpuWeights::Decode(packed) | GpuWeights::Mma(packed) = weights {
+        if let GpuWeights::Decode(packed) | GpuWeights::Mma { packed, .. } = weights {
             check_input(packed.format.compute, config.input)?;
             oracle::check_sizes(config, [packed.experts, packed.hidden, packed.intermediate], Some(packed.gated))?;
         }
         let experts = match weights {
             GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),
-            GpuWeights::Mma(packed) => {
+            GpuWeights::Mma { packed, activation: _ } => {
                 let decode = Decode::new(stream, packed, config)?;
                 // The projections stay where they are as long as `decode`, which goes together with this.
                 let mma = Mma::new(stream, packed, decode.matrices(), config)?;

@@ -177,8 +177,12 @@ pub(super) fn convert(
                 return Err(ConvertError::NotBuilt { name: kernel.name, why });
             }
             let packed = PackedExperts::new(&weights, config)?;
+            let quantises = matches!(kernel.numerics, Numerics::AsKeyed | Numerics::Mixed);
             let few_tokens_only = kernel.experts == ExpertsKind::Decode;
-            Ok(KernelWeights::Gpu(if few_tokens_only { GpuWeights::Decode(packed) } else { GpuWeights::Mma(packed) }))
+            Ok(KernelWeights::Gpu(match few_tokens_only {
+                true => GpuWeights::Decode(packed),
+                false => GpuWeights::Mma { packed, activation: activation.filter(|_| quantises) },
+            }))
         }
         #[cfg(feature = "cuda")]
         (ExpertsKind::Emulation, Platform::Cuda(_)) if NO_CUDA.is_none() => {
@@ -241,7 +245,7 @@ impl KernelWeights {
         Ok(match self {
             KernelWeights::Canonical { weights, numerics } => {
                 let key = match numerics {
-                    Numerics::AsKeyed => quant.and_then(|q| q.activation),
+                    Numerics::AsKeyed | Numerics::Mixed => quant.and_then(|q| q.activation),
                     Numerics::WeightOnly | Numerics::Int8Block => None,
                 };
                 Box::new(ReferenceExperts::new(&weights, config.activation, key)?)
@@ -257,7 +261,9 @@ impl KernelWeights {
         match &mut self {
             KernelWeights::Canonical { numerics, .. } => *numerics = Numerics::WeightOnly,
             #[cfg(feature = "cuda")]
-            KernelWeights::Gpu(crate::cuda::GpuWeights::Emulation { activation, .. }) => *activation = None,
+            KernelWeights::Gpu(
+                crate::cuda::GpuWeights::Emulation { activation, .. } | crate::cuda::GpuWeights::Mma { activation, .. },
+            ) => *activation = None,
             _ => {}
         }
         self

@@ -24,6 +24,8 @@ pub enum Numerics {
     WeightOnly,
     /// The input of each GEMM is quantised as the key says.
     AsKeyed,
+    /// Few tokens keep exact activations; where a call has more, its kernels quantise as the key says.
+    Mixed,
     /// The input of each GEMM is rounded to int8 per 32 values at most, whatever the key asks: see
     /// [`crate::cpu::simd::Rounding`].
     Int8Block,

@@ -125,7 +125,7 @@ pub fn followed<'a>(layer: &'a Layer, info: &KernelInfo) -> reference::Reference
     let key = moe_oracle::scheme::QuantKey::from_bits(layer.oracle.activation);
     match info.numerics {
         Numerics::WeightOnly => reference::Reference::new(layer, None),
-        Numerics::AsKeyed => reference::Reference::new(layer, key),
+        Numerics::AsKeyed | Numerics::Mixed => reference::Reference::new(layer, key),
         Numerics::Int8Block => reference::Reference::int8_blocks(layer),
     }
 }

@@ -149,7 +149,7 @@ pub struct Backend {
     /// Smallest compute capability of a cuda row, 80 for 8.0.
     #[serde(default)]
     pub min: u16,
-    /// `weight_only`, `as_keyed` or `int8_block`
+    /// `weight_only`, `as_keyed`, `mixed` or `int8_block`
     pub numerics: String,
     /// Whether it serves only callers that name it.
     #[serde(default)]
@@ -259,7 +259,7 @@ impl Scheme {
                     _ => return Err("device, experts, min and kernels do not fit together".into()),
                 }
                 match b.numerics.as_str() {
-                    "weight_only" | "as_keyed" => Ok(()),
+                    "weight_only" | "as_keyed" | "mixed" => Ok(()),
                     "int8_block" if b.by_name_only => Ok(()),
                     "int8_block" => Err("rounds what no key asks to round: by_name_only must be true".into()),
                     other => Err(format!("numerics = \"{other}\"")),

@@ -81,6 +81,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Numerics::AsKeyed if !args.exact_activations && oracle.activation != 0 => {
             "activations quantised as the key asks"
         }
+        Numerics::Mixed if !args.exact_activations && oracle.activation != 0 => {
+            "activations exact for few tokens, else quantised as the key asks"
+        }
         Numerics::Int8Block => "activations rounded to int8 per 32 values",
         _ => "activations exact",
     };

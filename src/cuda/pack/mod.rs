@@ -65,6 +65,8 @@ pub struct PackedExperts {
     pub(super) hidden: usize,
     pub(super) intermediate: usize,
     pub(super) gated: bool,
+    /// Stored scales of the inputs of both GEMMs, where all experts have the same.
+    pub(super) input_scales: [Option<f32>; 2],
     /// Bytes that one expert's use must read, as the checkpoint stores them.
     pub(super) bytes_per_expert: usize,
 }
@@ -105,6 +107,7 @@ impl PackedExperts {
             hidden,
             intermediate,
             gated,
+            input_scales: [same(weights, |e| e.input_scale), same(weights, |e| e.down_input_scale)],
             bytes_per_expert: weights.experts.first().map_or(0, ExpertWeights::bytes),
         })
     }
@@ -113,6 +116,12 @@ impl PackedExperts {
     pub fn format(&self) -> Format {
         self.format
     }
+}
+
+/// What all experts have.
+fn same(weights: &MoeWeights, of: impl Fn(&ExpertWeights) -> Option<f32>) -> Option<f32> {
+    let first = of(weights.experts.first()?)?;
+    weights.experts.iter().all(|e| of(e) == Some(first)).then_some(first)
 }
 
 fn projection<'w>(

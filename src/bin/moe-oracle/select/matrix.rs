@@ -22,6 +22,7 @@ pub fn run() -> Outcome {
             some(&ActivationFormat::ALL, |f| kernel.takes(*f), |f| f.name()),
             match kernel.numerics {
                 Numerics::WeightOnly => "activations stay exact",
+                Numerics::Mixed => "activations exact for few tokens, else quantised as keyed",
                 Numerics::AsKeyed => "activations quantised as keyed",
                 Numerics::Int8Block => "activations rounded to int8 per 32 values",
             },
