@@ -66,5 +66,5 @@ fn kernels(table: &Table, out: &std::path::Path) -> Result<String, String> {
         }
     };
     let fatbins = compile::all(&toolkit, &archs, &table.kernels()?, &out.join(generate::FOLDER))?;
-    Ok(generate::built(&toolkit, &archs, &fatbins))
+    Ok(generate::built(&toolkit, &fatbins))
 }

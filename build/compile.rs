@@ -24,6 +24,8 @@ pub struct Fatbin {
     pub name: String,
     /// Its image, a file in the folder given to [`all`].
     pub file: String,
+    /// The architectures in it.
+    pub archs: Vec<String>,
     /// What ptxas reported.
     pub report: String,
 }
@@ -31,13 +33,18 @@ pub struct Fatbin {
 struct Job<'a> {
     kernel: &'a Kernel,
     arguments: Vec<String>,
+    archs: Vec<String>,
     file: String,
 }
 
 /// Compiles the kernels into `out`; an error holds nvcc's own words.
 pub fn all(toolkit: &Toolkit, archs: &[Arch], kernels: &[&Kernel], out: &Path) -> Result<Vec<Fatbin>, String> {
     fs::create_dir_all(out).map_err(|e| format!("{} can't be made: {e}", out.display()))?;
-    let jobs = kernels.iter().map(|k| job(toolkit, archs, k)).collect::<Result<Vec<_>, _>>()?;
+    let jobs = kernels.iter().filter_map(|k| {
+        let archs: Vec<&Arch> = archs.iter().filter(|a| k.archs.is_empty() || k.archs.contains(&a.name())).collect();
+        (!archs.is_empty()).then(|| job(toolkit, archs, k))
+    });
+    let jobs = jobs.collect::<Result<Vec<_>, _>>()?;
     remove_stale(out, &jobs);
     let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
@@ -67,9 +74,9 @@ fn workers() -> usize {
     jobs.clamp(1, cpus)
 }
 
-fn job<'a>(toolkit: &Toolkit, archs: &[Arch], kernel: &'a Kernel) -> Result<Job<'a>, String> {
+fn job<'a>(toolkit: &Toolkit, archs: Vec<&Arch>, kernel: &'a Kernel) -> Result<Job<'a>, String> {
     let mut arguments: Vec<String> = FLAGS.map(String::from).into();
-    arguments.extend(archs.iter().flat_map(Arch::flags));
+    arguments.extend(archs.iter().flat_map(|a| a.flags()));
     arguments.push(format!("-I{KERNELS}"));
     arguments.extend(toolkit.includes().iter().map(|p| format!("-I{}", p.display())));
     arguments.extend(kernel.define.iter().map(|d| format!("-D{d}")));
@@ -78,7 +85,12 @@ fn job<'a>(toolkit: &Toolkit, archs: &[Arch], kernel: &'a Kernel) -> Result<Job<
     let mut hasher = DefaultHasher::new();
     sources::closure(Path::new(KERNELS), Path::new(&kernel.file))?.hash(&mut hasher);
     (&arguments, &toolkit.build, VARIABLES.map(env::var_os)).hash(&mut hasher);
-    Ok(Job { kernel, arguments, file: format!("{}-{:016x}.fatbin", kernel.name, hasher.finish()) })
+    Ok(Job {
+        kernel,
+        arguments,
+        archs: archs.iter().map(|a| a.name()).collect(),
+        file: format!("{}-{:016x}.fatbin", kernel.name, hasher.finish()),
+    })
 }
 
 /// The report lies beside the image, and is written last: where it is, the image is whole.
@@ -88,7 +100,8 @@ fn report_of(out: &Path, file: &str) -> PathBuf {
 
 fn compile(toolkit: &Toolkit, job: &Job, out: &Path) -> Result<Fatbin, String> {
     let report_file = report_of(out, &job.file);
-    let fatbin = |report| Fatbin { name: job.kernel.name.clone(), file: job.file.clone(), report };
+    let fatbin =
+        |report| Fatbin { name: job.kernel.name.clone(), file: job.file.clone(), archs: job.archs.clone(), report };
     if let Ok(report) = fs::read_to_string(&report_file) {
         return Ok(fatbin(report));
     }

@@ -1,6 +1,5 @@
 //! The Rust code that says what was built.
 
-use crate::arch::Arch;
 use crate::compile::Fatbin;
 use crate::ptxas;
 use crate::toolkit::Toolkit;
@@ -10,8 +9,7 @@ use std::fmt::Write;
 pub const FOLDER: &str = "fatbins";
 
 /// With kernels.
-pub fn built(toolkit: &Toolkit, archs: &[Arch], fatbins: &[Fatbin]) -> String {
-    let names: Vec<String> = archs.iter().map(Arch::name).collect();
+pub fn built(toolkit: &Toolkit, fatbins: &[Fatbin]) -> String {
     let mut code = format!(
         "pub const NOT_BUILT: Option<&str> = None;\npub const TOOLKIT: (u32, u32) = {:?};\n\
          pub static FATBINS: &[Fatbin] = &[\n",
@@ -21,8 +19,9 @@ pub fn built(toolkit: &Toolkit, archs: &[Arch], fatbins: &[Fatbin]) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(
             code,
-            "Fatbin {{ name: {:?}, archs: &{names:?}, image: image!({:?}), resources: &[",
+            "Fatbin {{ name: {:?}, archs: &{:?}, image: image!({:?}), resources: &[",
             f.name,
+            f.archs,
             image(f)
         );
         for r in ptxas::parse(&f.report) {

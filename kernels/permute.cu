@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/compute.cuh"
+#include "common/order.cuh"
 #include "common/planes.cuh"
 #include "common/ptx.cuh"
 
@@ -107,6 +108,17 @@ __device__ __forceinline__ uint4 lifted(uint4 v) {
     return make_uint4(moe::Bf16::mul(v.x, kPair), moe::Bf16::mul(v.y, kPair), moe::Bf16::mul(v.z, kPair),
                       moe::Bf16::mul(v.w, kPair));
 }
+
+struct OrderParams {
+    const uint4* x;  // [rows, eights]
+    uint4* out;      // [rows, groups * 4], written
+    long long all;   // groups of all rows
+    int eights;      // of 8 columns, that a row has
+    int groups;      // of 32 columns; those that it has not are zeros
+};
+static_assert(sizeof(OrderParams) == 32, "");
+
+constexpr int kOrderThreads = 256;
 
 struct CombineParams {
     const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
@@ -224,6 +236,22 @@ extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(cons
         char* to = p.planes + (static_cast<long long>(plane) * p.count + row) * moe::kRowBytes + chunk * 16;
         if (at < all) *reinterpret_cast<uint4*>(to) = p.lift ? lifted(v[i]) : v[i];
     }
+}
+
+// grid (groups of all rows / kOrderThreads): 16-bit rows in the order of common/order.cuh
+extern "C" __global__ void __launch_bounds__(kOrderThreads) moe_order(const __grid_constant__ OrderParams p) {
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
+    const long long at = static_cast<long long>(blockIdx.x) * kOrderThreads + threadIdx.x;
+    if (at >= p.all) return;
+    const long long row = at / p.groups;
+    const int first = static_cast<int>(at - row * p.groups) * 4;
+    uint4 v[4], out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = first + i < p.eights ? __ldcg(p.x + row * p.eights + first + i) : make_uint4(0, 0, 0, 0);
+    moe::reorder(v, out);
+#pragma unroll
+    for (int i = 0; i < 4; i++) p.out[4 * at + i] = out[i];
 }
 
 // grid (tokens, parts of a row)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/order.cuh"
 #include "common/ptx.cuh"
 #include "common/quantize.cuh"
 
@@ -32,8 +33,11 @@ struct Call {
     int cols, chunks;  // chunks of the padded row
     int stored_step;   // 0: one stored scale for all rows, 1: one for each
     int aligned;       // rows begin at multiples of 16 bytes
+    int ordered;       // 8-bit codes in the order of common/order.cuh
+    int unused;
+    const int* present;  // [R] or null: rows with a negative number here are not written
 };
-static_assert(sizeof(Call) == 72, "");
+static_assert(sizeof(Call) == 88, "");
 
 // A chunk as it lies in memory.
 template <class T>
@@ -137,7 +141,7 @@ __device__ __forceinline__ uint32_t four_codes(const float* q) {
 
 // A chunk's codes.
 template <class K>
-__device__ __forceinline__ void store(uint8_t* row, int chunk, const float (&v)[CHUNK], const Scale& scale) {
+__device__ __forceinline__ void store(uint8_t* row, int chunk, const float (&v)[CHUNK], const Scale& scale, bool ordered) {
     constexpr int kBits = K::Elem::kBits;
     float q[CHUNK];
     divide<K>(v, scale, q);
@@ -145,6 +149,11 @@ __device__ __forceinline__ void store(uint8_t* row, int chunk, const float (&v)[
     if (!has_codes(scale)) low = high = 0;
     uint8_t* to = row + chunk * kBits;
     if constexpr (kBits == 8) {
+        if (ordered) {
+            uint8_t* group = row + chunk / 4 * 32 + chunk % 4 * 4;
+            *reinterpret_cast<uint32_t*>(group) = low, *reinterpret_cast<uint32_t*>(group + 16) = high;
+            return;
+        }
         *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
     } else if constexpr (kBits == 4) {
         *reinterpret_cast<uint32_t*>(to) = low | high << 16;
@@ -179,7 +188,7 @@ __device__ __forceinline__ void emit(const Call& call, int chunk, const Raw<T>& 
     if (chunk >= call.chunks) return;
     float v[CHUNK];
     widen(raw, v);
-    store<K>(call.codes + row * call.chunks * K::Elem::kBits, chunk, v, scale);
+    store<K>(call.codes + row * call.chunks * K::Elem::kBits, chunk, v, scale, call.ordered);
 }
 
 template <class T, class K>
@@ -189,6 +198,7 @@ __device__ __forceinline__ void quantize(const Call& call) {
     wait_for_previous_grid();
     release_next_grid();
     const int64_t row = blockIdx.x;
+    if (call.present != nullptr && __ldcg(call.present + row) < 0) return;
     const int64_t source = call.rows != nullptr ? __ldcg(call.rows + row) : row;
     const bool exists = source >= 0 && source < call.sources;
     const int cols = exists ? call.cols : 0;

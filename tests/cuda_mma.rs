@@ -19,7 +19,7 @@ fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
 /// The grouped GEMM whatever the number of tokens, with a tile or the one that suits.
 fn gemm(stream: &Stream, layer: &Layer, tile: Option<Tile>, map: Option<&[i32]>) -> CudaKernel {
     let mut kernel = gpu::kernel(stream, layer, KIND, map);
-    kernel.set_families(Families { decode_up_to: 0, tile }).unwrap();
+    kernel.set_families(Families { decode_up_to: 0, tile, ..Families::of(&layer.config) }).unwrap();
     kernel
 }
 
@@ -79,7 +79,7 @@ fn with_batch_invariance_a_token_is_alone() {
         let c = MoeConfig { batch_invariant: true, ..config(6, 3, 192, 96) };
         let layer = weights::layer(&mut rng, oracle, c);
         let mut kernel = gpu::kernel(&stream, &layer, KIND, None);
-        let why = kernel.set_families(Families { decode_up_to: 1, tile: None }).unwrap_err();
+        let why = kernel.set_families(Families { decode_up_to: 1, ..Families::of(&c) }).unwrap_err();
         assert!(why.to_string().contains("batch-invariant"), "{why}");
         packed::tokens_are_alone(&stream, &kernel, &layer, &mut rng, 75, &[0, 1, 13, 40, 74]);
     }
@@ -92,7 +92,8 @@ fn few_tokens_go_to_the_kernels_for_few_tokens() {
     let (both, few) =
         (gpu::kernel(&stream, &layer, KIND, None), gpu::kernel(&stream, &layer, ExpertsKind::Decode, None));
     let gemm = gemm(&stream, &layer, None, None);
-    assert_eq!(both.families(), Some(Families { decode_up_to: 8, tile: None }));
+    let usual = both.families().unwrap();
+    assert_eq!((usual.decode_up_to, usual.tile), (8, None));
     assert_eq!(few.families(), None);
     for (tokens, want) in [(1, &few), (8, &few), (9, &gemm)] {
         let bits = |kernel| check(&stream, kernel, &layer, &mut Rng(8100), tokens, Skew::Uniform);

@@ -172,7 +172,7 @@ fn reasons_that_depend_on_the_row() {
     let ask = |k: &KernelInfo, config: &MoeConfig, platform: Platform, pair: (u64, u64)| {
         supports(k, config, &platform, &SelectInputs::AUTO, pair.0, pair.1)
     };
-    let cuda = kernel(Device::Cuda { min: 90 }, 1, 1);
+    let cuda = kernel(Device::Cuda { min: 90, max: u16::MAX }, 1, 1);
     let old = Platform::Cuda(80);
     assert_eq!(ask(&cuda, &LAYER, Platform::Cuda(90), PAIR), Ok(()));
     assert_eq!(ask(&cuda, &LAYER, old, PAIR), Err(Unsupported::Capability { min: 90, platform: old }));

@@ -245,8 +245,8 @@ fn kernel(s: &Scheme, b: &Backend) -> TokenStream {
     let activations = bits(&b.activations, quote!(crate::config::Activation));
     let formats = bits(&b.formats, quote!(crate::config::ActivationFormat));
     let inputs = bits(&b.inputs, quote!(crate::config::InputType));
-    let (name, min) = (&b.name, b.min);
-    let device = if b.device == "cpu" { quote!(Device::Cpu) } else { quote!(Device::Cuda { min: #min }) };
+    let (name, min, max) = (&b.name, b.min, b.max);
+    let device = if b.device == "cpu" { quote!(Device::Cpu) } else { quote!(Device::Cuda { min: #min, max: #max }) };
     // The table's check leaves no other words.
     let numerics = format_ident!("{}", camel(&b.numerics));
     let numerics = quote!(Numerics::#numerics);

@@ -6,6 +6,7 @@ use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
 use super::mma::{Mma, Tile};
 use super::pack::{Compute, PackedExperts};
+use super::wgmma::{self, Wgmma};
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, InputType, MoeConfig};
 use crate::kernel;
@@ -17,12 +18,14 @@ use crate::weights::{ExpertWeights, MoeWeights};
 pub enum GpuWeights {
     /// For `cuda_decode`.
     Decode(PackedExperts),
-    /// For `cuda_mma`.
+    /// For `cuda_mma` and `cuda_wgmma`.
     Mma {
         /// The weights.
         packed: PackedExperts,
         /// What the input of each GEMM is quantised to where the kernels multiply it so; `None`: activations stay exact.
         activation: Option<QuantKey>,
+        /// With Hopper's own kernels for many tokens, where they serve the layer: `cuda_wgmma`.
+        hopper: bool,
     },
     /// For `cuda_emulation`.
     Emulation {
@@ -47,11 +50,11 @@ impl GpuWeights {
 enum Experts {
     Decode(Decode),
     /// The grouped GEMM reads the packed experts that the kernels for few tokens own.
-    Mma(Mma, Decode, Families),
+    Mma(Mma, Decode, Option<Wgmma>, Families),
     Emulation(Emulation),
 }
 
-/// Which of `cuda_mma`'s kernels serve how many tokens: a plan that depends on nothing but a call's size, which an engine
+/// Which of the kernels of `cuda_mma` and `cuda_wgmma` serve how many tokens: a plan that depends on nothing but a call's size, which an engine
 /// may replace by what it has measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Families {
@@ -60,12 +63,27 @@ pub struct Families {
     pub decode_up_to: usize,
     /// The grouped GEMM's tile, instead of the one that suits a call's size.
     pub tile: Option<Tile>,
+    /// From so many tokens on `cuda_wgmma` goes to Hopper's own kernels; `usize::MAX` for never.
+    pub wgmma_from: usize,
+    /// Their tile: 64, 128 or 256 tokens (the largest has no kernels for fp8), instead of the one that suits a call's size.
+    pub wgmma_tile: Option<usize>,
 }
 
 impl Families {
+    /// Whether one family serves any number of tokens.
+    const fn one_for_all(&self) -> bool {
+        self.decode_up_to == 0 && (self.wgmma_from <= 1 || self.wgmma_from == usize::MAX)
+    }
+
     /// What suits a layer. With batch invariance one family has to serve all sizes.
-    pub const fn of(config: &MoeConfig) -> Self {
-        Self { decode_up_to: if config.batch_invariant { 0 } else { 8 }, tile: None }
+    pub fn of(config: &MoeConfig) -> Self {
+        let alone = config.batch_invariant;
+        Self {
+            decode_up_to: if alone { 0 } else { 8 },
+            tile: None,
+            wgmma_from: if alone { usize::MAX } else { wgmma::pays_from(config) },
+            wgmma_tile: None,
+        }
     }
 }
 
@@ -122,11 +140,15 @@ impl CudaKernel {
         }
         let experts = match weights {
             GpuWeights::Decode(packed) => Experts::Decode(Decode::new(stream, packed, config)?),
-            GpuWeights::Mma { packed, activation: _ } => {
+            GpuWeights::Mma { packed, activation, hopper } => {
                 let decode = Decode::new(stream, packed, config)?;
                 // The projections stay where they are as long as `decode`, which goes together with this.
                 let mma = Mma::new(stream, packed, decode.matrices(), config)?;
-                Experts::Mma(mma, decode, Families::of(config))
+                let wgmma = match hopper {
+                    true => Wgmma::new(stream, packed, *activation, decode.matrices(), config)?,
+                    false => None,
+                };
+                Experts::Mma(mma, decode, wgmma, Families::of(config))
             }
             GpuWeights::Emulation { weights, activation } => {
                 Experts::Emulation(Emulation::new(stream, weights, *activation, config)?)
@@ -158,11 +180,12 @@ impl CudaKernel {
     /// the number of tokens.
     pub fn set_families(&mut self, families: Families) -> Result<(), CudaError> {
         match &mut self.experts {
-            Experts::Mma(..) if self.config.batch_invariant && families.decode_up_to > 0 => {
+            Experts::Mma(..) if self.config.batch_invariant && !families.one_for_all() => {
                 Err(CudaError::Argument("a batch-invariant layer must use the grouped GEMM for any number of tokens"))
             }
-            Experts::Mma(mma, _, have) => {
+            Experts::Mma(mma, _, wgmma, have) => {
                 mma.tile = families.tile;
+                wgmma.iter_mut().for_each(|w| w.tile = families.wgmma_tile);
                 *have = families;
                 Ok(())
             }
@@ -174,10 +197,14 @@ impl CudaKernel {
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         match &self.experts {
             Experts::Decode(experts) => experts.workspace_bytes(tokens),
-            Experts::Mma(mma, decode, families) => {
-                // For fewer tokens, too: those may go to the other family.
+            Experts::Mma(mma, decode, wgmma, families) => {
+                // For fewer tokens, too: those may go to another family.
                 let few = decode.workspace_bytes(tokens.min(families.decode_up_to));
-                if tokens > families.decode_up_to { few.max(mma.workspace_bytes(tokens)) } else { few }
+                if tokens <= families.decode_up_to {
+                    return few;
+                }
+                let any = few.max(mma.workspace_bytes(tokens));
+                wgmma.as_ref().map_or(any, |w| any.max(w.workspace_bytes(tokens)))
             }
             Experts::Emulation(experts) => experts.workspace_bytes(tokens),
         }
@@ -199,7 +226,8 @@ impl CudaKernel {
         unsafe {
             match &self.experts {
                 Experts::Decode(experts) => experts.forward(stream, t, tokens, map),
-                Experts::Mma(_, decode, f) if tokens <= f.decode_up_to => decode.forward(stream, t, tokens, map),
+                Experts::Mma(_, decode, _, f) if tokens <= f.decode_up_to => decode.forward(stream, t, tokens, map),
+                Experts::Mma(_, _, Some(wgmma), f) if tokens >= f.wgmma_from => wgmma.forward(stream, t, tokens, map),
                 Experts::Mma(mma, ..) => mma.forward(stream, t, tokens, map),
                 Experts::Emulation(experts) => experts.forward(stream, t, tokens, map),
             }
@@ -220,7 +248,7 @@ impl CudaKernel {
         unsafe {
             match &self.experts {
                 Experts::Decode(experts) => experts.forward_batched(stream, t, max),
-                Experts::Mma(_, decode, f) if max <= f.decode_up_to => decode.forward_batched(stream, t, max),
+                Experts::Mma(_, decode, _, f) if max <= f.decode_up_to => decode.forward_batched(stream, t, max),
                 Experts::Mma(mma, ..) => mma.forward_batched(stream, t, max),
                 Experts::Emulation(_) => Err(CudaError::Argument("the emulation takes the standard format only")),
             }

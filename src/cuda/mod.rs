@@ -23,6 +23,7 @@ mod projection;
 pub mod quantize;
 pub mod routing;
 mod stream;
+mod wgmma;
 
 pub use call::{BatchedTensors, Tensors};
 pub use device::{Gpu, GpuInfo};

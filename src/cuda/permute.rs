@@ -15,6 +15,8 @@ pub(super) const TILE_BYTES: usize = 16;
 /// Threads of the plan's only block, and of a block of the sum.
 const PLAN_THREADS: u32 = 1024;
 const COMBINE_THREADS: usize = 256;
+const ORDER_THREADS: usize = 256;
+const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for a grid of the GPU: split the batch");
 /// Warps of a block that lays tokens out, and the 16-byte chunks of a row that each copies.
 const LAY_OUT_WARPS: usize = 8;
 const LAY_OUT_CHUNKS: usize = 32 * 4;
@@ -52,6 +54,17 @@ struct LayOutParams {
     lift: i32,
 }
 
+/// As `OrderParams` in kernels/permute.cu.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct OrderParams {
+    x: u64,
+    out: u64,
+    all: i64,
+    eights: i32,
+    groups: i32,
+}
+
 /// As `CombineParams` in kernels/permute.cu.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -68,8 +81,12 @@ struct CombineParams {
 }
 
 // The kernels assert the same.
-const _: () =
-    assert!(size_of::<PlanParams>() == 64 && size_of::<CombineParams>() == 56 && size_of::<LayOutParams>() == 56);
+const _: () = assert!(
+    size_of::<OrderParams>() == 32
+        && size_of::<PlanParams>() == 64
+        && size_of::<CombineParams>() == 56
+        && size_of::<LayOutParams>() == 56
+);
 
 /// The most tiles of at most `tile` assignments that so many assignments to so many experts make.
 pub(super) fn max_tiles(assignments: usize, experts: usize, tile: usize) -> usize {
@@ -113,6 +130,7 @@ impl Planes {
 pub(super) struct Permute {
     plan: Kernel,
     lay_out: Kernel,
+    order: Kernel,
     combine: Kernel,
     config: MoeConfig,
 }
@@ -142,6 +160,7 @@ impl Permute {
         Ok(Self {
             plan: kernel("moe_plan")?,
             lay_out: kernel("moe_lay_out")?,
+            order: kernel("moe_order")?,
             combine: kernel(combine)?,
             config: *config,
         })
@@ -210,11 +229,33 @@ impl Permute {
         };
         let parts = (ROW_BYTES / 16 * planes.count).div_ceil(LAY_OUT_CHUNKS);
         let blocks = u32::try_from((rows * parts).div_ceil(LAY_OUT_WARPS)).ok().filter(|b| *b <= i32::MAX as u32);
-        let blocks =
-            blocks.ok_or(CudaError::Argument("the call is too large for a grid of the GPU: split the batch"))?;
+        let blocks = blocks.ok_or(TOO_LARGE)?;
         let launch = Launch::new(blocks, 32 * LAY_OUT_WARPS as u32).overlap(true);
         // SAFETY: the kernel's only parameter; the rest is the caller's promise.
         unsafe { launch.run(stream, &self.lay_out, &mut [Arg::new(&params)]) }
+    }
+
+    /// Brings the rows `x` (`[rows, columns]`, 16-bit) into the order of kernels/common/order.cuh, `pitch` bytes each.
+    ///
+    /// # Safety
+    /// The addresses must be device memory of these sizes, aligned to 16 bytes, `pitch` a multiple of 64, and as
+    /// [`Launch::run`] wants them.
+    pub unsafe fn order(
+        &self,
+        stream: &Stream,
+        x: u64,
+        out: u64,
+        columns: usize,
+        pitch: usize,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let groups = pitch / 64;
+        let all = rows * groups;
+        let params = OrderParams { x, out, all: all as i64, eights: (columns / 8) as i32, groups: groups as i32 };
+        let blocks = u32::try_from(all.div_ceil(ORDER_THREADS)).ok().filter(|b| *b <= i32::MAX as u32);
+        let launch = Launch::new(blocks.ok_or(TOO_LARGE)?, ORDER_THREADS as u32).overlap(true);
+        // SAFETY: the kernel's only parameter; the rest is the caller's promise.
+        unsafe { launch.run(stream, &self.order, &mut [Arg::new(&params)]) }
     }
 
     /// Sums the slots' results of so many tokens.
@@ -255,6 +296,7 @@ mod tests {
             "kThreads = 1024;",
             "kMaxExperts = kThreads;",
             "kCombineThreads = 256;",
+            "kOrderThreads = 256;",
             "kMaxTopk = 32;",
             "kLayOutWarps = 8, kEach = 4;",
         ] {

@@ -146,9 +146,12 @@ struct Call {
     chunks: i32,
     stored_step: i32,
     aligned: i32,
+    ordered: i32,
+    unused: i32,
+    present: u64,
 }
 
-const _: () = assert!(size_of::<Call>() == 72);
+const _: () = assert!(size_of::<Call>() == 88);
 
 impl Quantizer {
     /// Loads the kernel for rows of `cols` columns.
@@ -177,6 +180,53 @@ impl Quantizer {
         // row numbers and stored scales below `rows` (or the first), and write codes, scales and second levels of rows
         // below `rows`; `call` has found all of these in the tensors. The rest is the caller's promise.
         unsafe { Launch::new(rows as u32, threads as u32).overlap(overlap).run(stream, &self.kernel, &mut args) }
+    }
+}
+
+/// Rows whose codes go into the order of kernels/common/order.cuh: what [`Quantizer::run_ordered`] takes beside addresses.
+#[derive(Clone, Copy)]
+pub(super) struct Ordered {
+    /// Bytes of a row of codes, a multiple of 64; what columns do not fill is zeros.
+    pub pitch: usize,
+    /// `[rows]`, i32: rows with a negative number are left out; 0 for none.
+    pub present: u64,
+    /// The scale of static keys, f32; or 0.
+    pub stored: u64,
+}
+
+impl Quantizer {
+    /// Quantises rows to 8-bit codes at `codes`, `pitch` bytes a row, and their scales; does not wait, and may start while
+    /// the stream's previous kernel still runs.
+    ///
+    /// # Safety
+    /// The addresses must be device memory of these sizes, aligned to 16 bytes, and as [`Launch::run`] wants them.
+    pub(super) unsafe fn run_ordered(
+        &self,
+        stream: &Stream,
+        input: u64,
+        codes: u64,
+        scales: u64,
+        how: Ordered,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let call = Call {
+            input,
+            stored: how.stored,
+            codes,
+            scales,
+            sources: rows as i64,
+            cols: self.cols as i32,
+            chunks: (how.pitch / CHUNK) as i32,
+            ordered: 1,
+            present: how.present,
+            aligned: i32::from((self.cols * self.input.bytes()).is_multiple_of(16)),
+            ..Zeroable::zeroed()
+        };
+        let threads = (how.pitch / CHUNK).next_multiple_of(32).min(MAX_THREADS);
+        // SAFETY: the parameter of every `quantize_` entry; the rest is the caller's promise.
+        unsafe {
+            Launch::new(rows as u32, threads as u32).overlap(true).run(stream, &self.kernel, &mut [Arg::new(&call)])
+        }
     }
 }
 
@@ -227,6 +277,9 @@ fn check(
         cols: cols as i32,
         chunks: (cols.next_multiple_of(COLUMNS) / CHUNK) as i32,
         stored_step: i32::from(given.len() != 1),
+        ordered: 0,
+        unused: 0,
+        present: 0,
         aligned: i32::from(row_bytes.is_multiple_of(16) && t.input.address().is_multiple_of(16)),
     })
 }

@@ -171,7 +171,7 @@ pub(super) fn convert(
             Ok(KernelWeights::Simd(SimdExperts::rounding(&weights, config.activation, *isa, rounding)?))
         }
         #[cfg(feature = "cuda")]
-        (ExpertsKind::Decode | ExpertsKind::Mma, Platform::Cuda(_)) => {
+        (ExpertsKind::Decode | ExpertsKind::Mma | ExpertsKind::Wgmma, Platform::Cuda(_)) => {
             use crate::cuda::{GpuWeights, pack::PackedExperts};
             if let Some(why) = NO_CUDA {
                 return Err(ConvertError::NotBuilt { name: kernel.name, why });
@@ -181,7 +181,11 @@ pub(super) fn convert(
             let few_tokens_only = kernel.experts == ExpertsKind::Decode;
             Ok(KernelWeights::Gpu(match few_tokens_only {
                 true => GpuWeights::Decode(packed),
-                false => GpuWeights::Mma { packed, activation: activation.filter(|_| quantises) },
+                false => GpuWeights::Mma {
+                    packed,
+                    activation: activation.filter(|_| quantises),
+                    hopper: kernel.experts == ExpertsKind::Wgmma,
+                },
             }))
         }
         #[cfg(feature = "cuda")]

@@ -14,6 +14,8 @@ pub enum Device {
     Cuda {
         /// The smallest.
         min: u16,
+        /// The largest.
+        max: u16,
     },
 }
 
@@ -44,6 +46,8 @@ pub enum ExpertsKind {
     Decode,
     /// CUDA kernels for any number of tokens: a grouped GEMM, and those for few tokens.
     Mma,
+    /// The same, with Hopper's own kernels for more tokens.
+    Wgmma,
     /// CUDA kernels that compute from the definition over canonical weights.
     Emulation,
 }
@@ -112,6 +116,14 @@ pub enum Unsupported {
     Capability {
         /// What it needs.
         min: u16,
+        /// What there is.
+        platform: Platform,
+    },
+    /// The GPU is newer than the only ones that run the kernel.
+    #[error("it is for compute capability {max} only, {platform} is newer")]
+    NewerCapability {
+        /// What it is for at most.
+        max: u16,
         /// What there is.
         platform: Platform,
     },
@@ -301,9 +313,12 @@ pub const fn supports(
     }
     match (kernel.device, *platform) {
         (Device::Cpu, Platform::Cpu(_)) => {}
-        (Device::Cuda { min }, Platform::Cuda(cc)) => {
+        (Device::Cuda { min, max }, Platform::Cuda(cc)) => {
             if cc < min {
                 return Err(Unsupported::Capability { min, platform: *platform });
+            }
+            if cc > max {
+                return Err(Unsupported::NewerCapability { max, platform: *platform });
             }
         }
         (Device::Cpu, _) => return Err(Unsupported::Device { needs: "the CPU", platform: *platform }),
@@ -331,10 +346,10 @@ pub const fn supports(
         if !config.hidden.is_multiple_of(8) {
             return Err(Unsupported::Shape("it needs a hidden size that is a multiple of 8"));
         }
-        if matches!(kernel.experts, ExpertsKind::Decode | ExpertsKind::Mma) && config.topk > 32 {
+        if matches!(kernel.experts, ExpertsKind::Decode | ExpertsKind::Mma | ExpertsKind::Wgmma) && config.topk > 32 {
             return Err(Unsupported::Shape("it needs a top-k of at most 32"));
         }
-        if matches!(kernel.experts, ExpertsKind::Mma) && config.local_experts > 1024 {
+        if matches!(kernel.experts, ExpertsKind::Mma | ExpertsKind::Wgmma) && config.local_experts > 1024 {
             return Err(Unsupported::Shape("it takes at most 1024 experts on a rank"));
         }
         if let (true, Some(why)) = (inputs.built_only, super::NO_CUDA) {

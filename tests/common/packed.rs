@@ -6,6 +6,7 @@ use moe_oracle::config::{Activation, ActivationFormat, InputType, MoeConfig, Par
 use moe_oracle::cuda::pack::{Codes, PackedExperts};
 use moe_oracle::cuda::{CudaKernel, Stream};
 use moe_oracle::oracle::{DynOracle, ORACLES};
+use moe_oracle::scheme::QuantKey;
 use moe_oracle::weights::{Scales, WeightElem, WeightMatrix};
 
 pub fn oracle(alias: &str) -> &'static DynOracle {
@@ -40,11 +41,26 @@ pub fn as_stored(layer: &Layer) -> Layer {
     Layer { oracle: layer.oracle, config: layer.config, weights }
 }
 
-/// Compares a call with the reference: eager, and the same bits again from a graph. Gives the bits.
+/// Compares a call with the reference of exact activations: eager, and the same bits again from a graph. Gives the bits.
 pub fn check(
     stream: &Stream,
     kernel: &CudaKernel,
     layer: &Layer,
+    rng: &mut Rng,
+    tokens: usize,
+    skew: Skew,
+    bound: f64,
+) -> Vec<u16> {
+    check_keyed(stream, kernel, layer, None, rng, tokens, skew, bound)
+}
+
+/// The same with the reference that quantises activations to a key.
+#[expect(clippy::too_many_arguments, reason = "a call and what it is compared with")]
+pub fn check_keyed(
+    stream: &Stream,
+    kernel: &CudaKernel,
+    layer: &Layer,
+    key: Option<QuantKey>,
     rng: &mut Rng,
     tokens: usize,
     skew: Skew,
@@ -56,7 +72,7 @@ pub fn check(
     call.launch(stream, kernel);
     let bits = call.output_bits(stream);
     let have = gpu::values(layer.config.input, &bits);
-    let want = Reference::new(&as_stored(layer), None).forward(&x, &ids, &weights, None);
+    let want = Reference::new(&as_stored(layer), key).forward(&x, &ids, &weights, None);
     let error = relative_error(&have, &want);
     assert!(error < bound, "{}: {error:e}, {tokens} tokens, {skew:?}, {:?}", layer.oracle.alias, layer.config);
     assert!(have.iter().all(|v| !v.is_nan()), "{}: not all written", layer.oracle.alias);
@@ -148,12 +164,17 @@ pub fn a_token_names_an_expert_twice(stream: &Stream, make: Make) {
 
 /// Three ranks with every third expert each.
 pub fn ranks_add_up(stream: &Stream, make: Make, tokens: usize) {
-    for alias in ["Bf16", "Fp8Block", "Int4"] {
+    ranks_of_add_up(stream, make, tokens, &["Bf16", "Fp8Block", "Int4"].map(|alias| (alias, None, 6e-3)));
+}
+
+/// The same for these oracles, each with what its activations are quantised to and a bound.
+pub fn ranks_of_add_up(stream: &Stream, make: Make, tokens: usize, cases: &[(&str, Option<QuantKey>, f64)]) {
+    for &(alias, key, bound) in cases {
         let mut rng = Rng(5000);
         let whole = weights::layer(&mut rng, oracle(alias), MoeConfig::new(10, 4, 96, 96));
         let x = hidden(&mut rng, tokens, &whole.config);
         let (ids, weights) = route(&mut rng, tokens, &whole.config, Skew::Uniform);
-        let want = Reference::new(&whole, None).forward(&x, &ids, &weights, None);
+        let want = Reference::new(&whole, key).forward(&x, &ids, &weights, None);
         let mut sum = vec![0f32; x.len()];
         for rank in 0..3 {
             let mine: Vec<usize> = (0..10).filter(|e| e % 3 == rank).collect();
@@ -167,7 +188,7 @@ pub fn ranks_add_up(stream: &Stream, make: Make, tokens: usize) {
             sum.iter_mut().zip(y).for_each(|(s, y)| *s += y);
         }
         let error = relative_error(&sum, &want);
-        assert!(error < 6e-3, "{alias}, {tokens} tokens: {error:e}");
+        assert!(error < bound, "{alias}, {tokens} tokens: {error:e}");
     }
 }
 

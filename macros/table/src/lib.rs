@@ -110,6 +110,9 @@ pub struct Kernel {
     /// `NAME=VALUE`
     #[serde(default)]
     pub define: Vec<String>,
+    /// The only architectures that it is for, as MOE_ORACLE_CUDA_ARCHS writes them; none: all.
+    #[serde(default)]
+    pub archs: Vec<String>,
 }
 
 impl Kernel {
@@ -149,6 +152,9 @@ pub struct Backend {
     /// Smallest compute capability of a cuda row, 80 for 8.0.
     #[serde(default)]
     pub min: u16,
+    /// Largest compute capability of a cuda row; absent: any.
+    #[serde(default = "any")]
+    pub max: u16,
     /// `weight_only`, `as_keyed`, `mixed` or `int8_block`
     pub numerics: String,
     /// Whether it serves only callers that name it.
@@ -165,6 +171,10 @@ pub struct Backend {
     pub inputs: Which,
     /// What build.rs compiles for it.
     pub kernels: Vec<Kernel>,
+}
+
+fn any() -> u16 {
+    u16::MAX
 }
 
 /// What a row reads that says nothing of it.
@@ -255,7 +265,7 @@ impl Scheme {
                 b.kernels.iter().try_for_each(Kernel::check)?;
                 match (b.device.as_str(), b.experts.as_str()) {
                     ("cpu", "simd" | "simd_int8" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
-                    ("cuda", "decode" | "mma" | "emulation") if b.min != 0 && !b.kernels.is_empty() => {}
+                    ("cuda", "decode" | "mma" | "wgmma" | "emulation") if b.min != 0 && !b.kernels.is_empty() => {}
                     _ => return Err("device, experts, min and kernels do not fit together".into()),
                 }
                 match b.numerics.as_str() {

@@ -36,7 +36,10 @@ impl<const W: u64, const A: u64> Int8CudaMma<W, A> {
     /// What the table says of it.
     pub const INFO: &'static KernelInfo = &KernelInfo {
         name: "cuda_mma",
-        device: Device::Cuda { min: 80u16 },
+        device: Device::Cuda {
+            min: 80u16,
+            max: 65535u16,
+        },
         numerics: Numerics::WeightOnly,
         experts: ExpertsKind::Mma,
         by_name_only: false,

@@ -43,12 +43,18 @@ pub struct Args {
     /// Threads of the CPU (default: one per core)
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4096))]
     threads: Option<u16>,
-    /// On a GPU, for cuda_mma: up to so many tokens go to the kernels for few tokens, more to the grouped GEMM
+    /// On a GPU, for cuda_mma and cuda_wgmma: up to so many tokens go to the kernels for few tokens, more to the grouped GEMM
     #[arg(long, value_name = "TOKENS")]
     decode_up_to: Option<usize>,
-    /// On a GPU, for cuda_mma: tokens of a tile of the grouped GEMM, instead of what suits
+    /// On a GPU, for cuda_mma and cuda_wgmma: tokens of a tile of the grouped GEMM, instead of what suits
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(["16", "32", "64", "128"]))]
     tile: Option<String>,
+    /// On a GPU, for cuda_wgmma: from so many tokens on calls go to Hopper's own kernels
+    #[arg(long, value_name = "TOKENS")]
+    wgmma_from: Option<usize>,
+    /// On a GPU, for cuda_wgmma: tokens of a tile of those, instead of what suits
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(["64", "128", "256"]))]
+    wgmma_tile: Option<String>,
     /// On a GPU: calls in a row in one graph, at least; more where these read too little to keep the weights cold
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(1..=1024))]
     calls: u16,

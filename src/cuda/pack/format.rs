@@ -190,7 +190,7 @@ impl Format {
 
     /// What a row's factor carries beside the checkpoint's scale: codes that are moved into a wider exponent as they are
     /// come out too small, and the kernel lifts the other operand by 2^80 (bf16 only).
-    pub(super) const fn lift(&self) -> f32 {
+    pub(in crate::cuda) const fn lift(&self) -> f32 {
         const fn power(n: u32) -> f32 {
             f32::from_bits((n + 127) << 23)
         }

@@ -183,12 +183,15 @@ impl Bench<'_> {
     /// As the options ask.
     fn set_families(&self, kernel: &mut CudaKernel) -> Result<(), CudaError> {
         let tile = |t: &Tile| self.args.tile.as_ref().is_some_and(|name| *name == t.tokens().to_string());
-        let (tile, decode_up_to) = (Tile::ALL.into_iter().find(tile), self.args.decode_up_to);
-        if tile.is_none() && decode_up_to.is_none() {
-            return Ok(());
-        }
-        let have = kernel.families().unwrap_or(Families::of(kernel.config()));
-        kernel.set_families(Families { decode_up_to: decode_up_to.unwrap_or(have.decode_up_to), tile })
+        let have = kernel.families();
+        let usual = have.unwrap_or(Families::of(kernel.config()));
+        let wanted = Families {
+            decode_up_to: self.args.decode_up_to.unwrap_or(usual.decode_up_to),
+            tile: Tile::ALL.into_iter().find(tile),
+            wgmma_from: self.args.wgmma_from.unwrap_or(usual.wgmma_from),
+            wgmma_tile: self.args.wgmma_tile.as_ref().and_then(|t| t.parse().ok()),
+        };
+        if wanted == usual { Ok(()) } else { kernel.set_families(wanted) }
     }
 
     fn row(&self, served: &report::Served, bounds: &Bounds, t: layer::GpuTimed, copies: usize) -> Row {

@@ -49,7 +49,8 @@ fn device(kernel: &KernelInfo) -> String {
     match (kernel.device, kernel.experts) {
         (Device::Cpu, ExpertsKind::Simd | ExpertsKind::SimdInt8) => "CPU: portable, AVX2, AVX-512".into(),
         (Device::Cpu, _) => "CPU".into(),
-        (Device::Cuda { min }, _) => format!("NVIDIA, compute capability {}.{} up", min / 10, min % 10),
+        (Device::Cuda { min, max }, _) if min == max => format!("NVIDIA, compute capability {}.{}", min / 10, min % 10),
+        (Device::Cuda { min, .. }, _) => format!("NVIDIA, compute capability {}.{} up", min / 10, min % 10),
     }
 }
 

@@ -1,0 +1,353 @@
+//! Hopper's grouped GEMM for many tokens (kernels/wgmma.cu), around the same plan and sum as the one for all GPUs. Where
+//! the layer's keys quantise activations, they are multiplied so.
+//!
+//! Tokens are brought into the products' order of columns, or quantised in that order, once each; the first kernel gathers
+//! them by the plan's list.
+
+mod plan;
+
+use super::activation::Activation;
+use super::call::Tensors;
+use super::launch::{Arg, Launch};
+use super::memory::{DeviceBuffer, DevicePtr};
+use super::module::Kernel;
+use super::pack::PackedExperts;
+use super::permute::{Permute, Source, Sum, TILE_BYTES, max_tiles};
+use super::projection::Matrix;
+use super::quantize::{Ordered, Quantizer};
+use super::{CudaError, Stream, quantize};
+use crate::config::{ActivationFormat, MoeConfig};
+use crate::scheme::QuantKey;
+use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS, TILES};
+
+/// By the place in `TILES`.
+const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128", "moe_wgmma_256"];
+/// (token, slot) pairs that go through one pass.
+const MAX_ASSIGNMENTS: usize = 1 << 18;
+
+/// As `GemmParams` in kernels/wgmma/task.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct GemmParams {
+    weights: Matrix,
+    x: u64,
+    scales: u64,
+    rows: u64,
+    routing: u64,
+    tiles: u64,
+    out: u64,
+    pitch: i32,
+    topk: i32,
+    scale_stride: i32,
+    scale_step: i32,
+    out_columns: i32,
+    row_tiles: i32,
+    max_tiles: i32,
+    depth: i32,
+    kind: i32,
+    ordered: i32,
+    scale: f32,
+    activation: Activation,
+    unused: i32,
+}
+
+// The kernels assert the same.
+const _: () = assert!(size_of::<GemmParams>() == 152);
+
+/// `Kind` in kernels/wgmma/task.cuh.
+const FIRST: i32 = 0;
+const SECOND: i32 = 1;
+
+/// How rows become operands of a projection.
+struct Input {
+    /// Where they are quantised.
+    quantizer: Option<Quantizer>,
+    /// A stored scale of all rows, and where it is on the device (or 0).
+    stored: (f32, u64),
+    /// Bytes of a row, whole stages.
+    pitch: usize,
+    /// Scales of a row.
+    scales: usize,
+}
+
+impl Input {
+    fn bytes(&self, rows: usize) -> usize {
+        (rows * self.pitch).next_multiple_of(128) + (rows * self.scales * 4).next_multiple_of(128)
+    }
+
+    /// Where the scales are behind the operands of so many rows at `x`, or 0.
+    fn scales_at(&self, x: u64, rows: usize) -> u64 {
+        if self.scales == 0 { 0 } else { x + (rows * self.pitch).next_multiple_of(128) as u64 }
+    }
+}
+
+/// From how many tokens on these kernels pay (benches/RESULTS.md).
+pub(super) fn pays_from(config: &MoeConfig) -> usize {
+    // Eight tokens an expert.
+    (8 * config.experts).div_ceil(config.topk)
+}
+
+/// A layer's kernels. The packed projections belong to another: see [`new`](Wgmma::new).
+pub(super) struct Wgmma {
+    kind: Kind,
+    /// By the place in `TILES`.
+    kernels: [Option<(Kernel, Ring)>; TILES.len()],
+    permute: Permute,
+    matrices: [Matrix; 2],
+    inputs: [Input; 2],
+    /// What the inputs' addresses point into.
+    _stored_scales: Option<DeviceBuffer>,
+    /// What undoes the packed factors' power of two.
+    unlift: f32,
+    /// Columns of the activation's result.
+    middle: usize,
+    blocks: u32,
+    config: MoeConfig,
+    /// Tokens of a tile, instead of what suits a call's size.
+    pub tile: Option<usize>,
+}
+
+impl Wgmma {
+    /// Loads the kernels; `None` where none of them serves the layer or the GPU. `matrices` are as for
+    /// [`Mma::new`](super::mma::Mma::new).
+    pub fn new(
+        stream: &Stream,
+        packed: &PackedExperts,
+        activation: Option<QuantKey>,
+        matrices: [Matrix; 2],
+        config: &MoeConfig,
+    ) -> Result<Option<Self>, CudaError> {
+        let gpu = stream.gpu();
+        let (format, info) = (packed.format, gpu.info());
+        let Some(kind) = Kind::of(format, activation.is_some()) else { return Ok(None) };
+        let stored = activation.is_some_and(quantize::stored);
+        // A stored scale is the input's after the routing weight, which here multiplies sums.
+        let scales = !stored || (packed.input_scales.iter().all(Option::is_some) && !config.weight_on_input);
+        if info.capability != 90 || config.format != ActivationFormat::Standard || !scales {
+            return Ok(None);
+        }
+        let fatbin = kind.fatbins()[format.compute as usize];
+        let mut kernels = [const { None }; TILES.len()];
+        for ((place, tile), entry) in kernels.iter_mut().zip(TILES).zip(ENTRIES) {
+            let ring = Ring::new(kind, tile, info.shared_per_block).filter(|_| tile <= kind.largest_tile());
+            if let Some(ring) = ring {
+                let kernel = gpu.kernel(fatbin, entry)?;
+                kernel.allow_shared(ring.shared)?;
+                *place = Some((kernel, ring));
+            }
+        }
+        let stored_scales = match packed.input_scales {
+            [Some(first), Some(second)] if stored => Some(DeviceBuffer::of(stream, &[first, second])?),
+            _ => None,
+        };
+        let input = |columns: usize, n: usize| -> Result<Input, CudaError> {
+            let quantizer = activation.map(|key| Quantizer::new(gpu, key, config.input, columns)).transpose()?;
+            Ok(Input {
+                scales: quantizer.as_ref().map_or(0, |q| q.layout().scales),
+                stored: match (&stored_scales, packed.input_scales[n]) {
+                    (Some(buffer), Some(scale)) => (scale, buffer.address() + 4 * n as u64),
+                    _ => (1.0, 0),
+                },
+                pitch: (columns * kind.bytes()).next_multiple_of(STAGE_BYTES),
+                quantizer,
+            })
+        };
+        Ok(Some(Self {
+            kind,
+            kernels,
+            permute: Permute::new(gpu, config)?,
+            matrices,
+            inputs: [input(packed.hidden, 0)?, input(packed.middle, 1)?],
+            _stored_scales: stored_scales,
+            unlift: 1.0 / format.lift(),
+            middle: packed.middle,
+            blocks: info.sms,
+            config: *config,
+            tile: None,
+        }))
+    }
+
+    /// Tokens that go through one pass.
+    fn group(&self) -> usize {
+        MAX_ASSIGNMENTS / self.config.topk
+    }
+
+    /// Bytes of workspace for up to `tokens` tokens.
+    pub fn workspace_bytes(&self, tokens: usize) -> usize {
+        Parts::new(self, tokens).map_or(usize::MAX, |p| p.all)
+    }
+
+    fn kernel(&self, assignments: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
+        let wanted = self.tile.unwrap_or_else(|| plan::tile(self.kind, assignments, self.config.experts));
+        let fitting = TILES.into_iter().zip(&self.kernels).rev().filter(|(t, _)| *t <= wanted.max(TILES[0]));
+        let found = fitting.into_iter().find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
+        found.ok_or(CudaError::NoKernel("wgmma"))
+    }
+
+    /// Runs the layer; does not wait.
+    ///
+    /// # Safety
+    /// As for [`CudaKernel::forward`](super::CudaKernel::forward); the map has an entry per expert.
+    pub unsafe fn forward(
+        &self,
+        stream: &Stream,
+        t: &Tensors<'_>,
+        tokens: usize,
+        map: Option<DevicePtr<'_, i32>>,
+    ) -> Result<(), CudaError> {
+        let c = &self.config;
+        let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
+        t.check(c, tokens, parts.all)?;
+        for start in (0..tokens).step_by(self.group()) {
+            let n = (tokens - start).min(self.group());
+            let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
+            let pass = Pass {
+                tokens: n,
+                hidden: at(t.hidden.address(), c.hidden, 2),
+                ids: at(t.topk_ids.address(), c.topk, 4),
+                weights: at(t.topk_weights.address(), c.topk, 4),
+                map: map.map_or(0, |m| m.address()),
+                output: at(t.output.address(), c.hidden, 2),
+                workspace: t.workspace.address(),
+            };
+            // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
+            // packed experts stay (`new`); the rest is the caller's promise.
+            unsafe { self.pass(stream, &pass, &parts)? };
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// The pass's addresses must be device memory as the kernels want them for so many tokens.
+    unsafe fn pass(&self, stream: &Stream, pass: &Pass, parts: &Parts) -> Result<(), CudaError> {
+        let c = &self.config;
+        let assignments = pass.tokens * c.topk;
+        let (tile, kernel, ring) = self.kernel(assignments)?;
+        let tiles = max_tiles(assignments, c.local_experts, tile);
+        let at = |part: usize| pass.workspace + part as u64;
+        let (list, rows, x, middle, second, results) =
+            (at(0), at(parts.rows), at(parts.x), at(parts.middle), at(parts.second), at(parts.results));
+        let source = Source::Ids { ids: pass.ids, map: pass.map, rows, assignments };
+        let [first, down] = &self.inputs;
+        let quantised = first.quantizer.is_some();
+        let common = GemmParams {
+            rows,
+            tiles: list,
+            max_tiles: tiles as i32,
+            depth: ring.depth as i32,
+            activation: Activation::of(c.activation),
+            ..bytemuck::Zeroable::zeroed()
+        };
+        let gate_up = GemmParams {
+            weights: self.matrices[0],
+            routing: if c.weight_on_input { pass.weights } else { 0 },
+            out: middle,
+            topk: c.topk as i32,
+            out_columns: if quantised { self.middle } else { down.pitch / 2 } as i32,
+            kind: FIRST,
+            ordered: i32::from(!quantised),
+            ..self.with_input(common, first, x, pass.tokens)
+        };
+        let of_second = if quantised { second } else { middle };
+        let down_params = GemmParams {
+            weights: self.matrices[1],
+            out: results,
+            out_columns: c.hidden as i32,
+            kind: SECOND,
+            ..self.with_input(common, down, of_second, assignments)
+        };
+        // SAFETY: the caller's promise; the parts have room for all rows.
+        unsafe {
+            self.permute.plan(stream, source, list, tile, tiles)?;
+            match &first.quantizer {
+                None => self.permute.order(stream, pass.hidden, x, c.hidden, first.pitch, pass.tokens)?,
+                Some(q) => {
+                    let rows = Ordered { pitch: first.pitch, present: 0, stored: first.stored.1 };
+                    q.run_ordered(stream, pass.hidden, x, gate_up.scales, rows, pass.tokens)?;
+                }
+            }
+            self.gemm(stream, kernel, ring, gate_up)?;
+            if let Some(q) = &down.quantizer {
+                let ordered = Ordered { pitch: down.pitch, present: rows, stored: down.stored.1 };
+                q.run_ordered(stream, middle, second, down_params.scales, ordered, assignments)?;
+            }
+            self.gemm(stream, kernel, ring, down_params)?;
+            let sum = Sum { results, ids: pass.ids, weights: pass.weights, map: pass.map, output: pass.output };
+            self.permute.combine(stream, sum, pass.tokens)
+        }
+    }
+
+    fn with_input(&self, common: GemmParams, input: &Input, x: u64, rows: usize) -> GemmParams {
+        GemmParams {
+            x,
+            scales: input.scales_at(x, rows),
+            pitch: (input.pitch / 16) as i32,
+            scale_stride: input.scales as i32,
+            scale_step: i32::from(input.scales > 1),
+            scale: self.unlift * input.stored.0,
+            ..common
+        }
+    }
+
+    /// # Safety
+    /// As for [`pass`](Self::pass).
+    unsafe fn gemm(&self, stream: &Stream, kernel: &Kernel, ring: Ring, params: GemmParams) -> Result<(), CudaError> {
+        let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS);
+        let tasks = row_tiles.checked_mul(params.max_tiles as usize).filter(|n| *n <= i32::MAX as usize / 2);
+        let blocks = self.blocks.min(tasks.ok_or(TOO_LARGE)? as u32);
+        let params = GemmParams { row_tiles: row_tiles as i32, ..params };
+        let launch = Launch::new(blocks, THREADS as u32).shared(ring.shared as u32).overlap(true);
+        // SAFETY: the kernel's only parameter; the rest is the caller's promise.
+        unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)]) }
+    }
+}
+
+const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the GPU's 32-bit counts: split the batch");
+
+/// Addresses of a part of a call.
+struct Pass {
+    tokens: usize,
+    hidden: u64,
+    ids: u64,
+    weights: u64,
+    map: u64,
+    output: u64,
+    workspace: u64,
+}
+
+/// Where the parts of a workspace lie, in bytes; the list of tiles comes first.
+struct Parts {
+    rows: usize,
+    /// The tokens as operands.
+    x: usize,
+    /// The activation's results, as operands of the second projection where nothing is quantised.
+    middle: usize,
+    /// Those operands, quantised.
+    second: usize,
+    /// The experts' results, in the place of what the second projection does not read.
+    results: usize,
+    all: usize,
+}
+
+impl Parts {
+    fn new(wgmma: &Wgmma, tokens: usize) -> Option<Self> {
+        let c = &wgmma.config;
+        let tokens = tokens.min(wgmma.group());
+        let assignments = tokens * c.topk;
+        let [first, down] = &wgmma.inputs;
+        let quantised = first.quantizer.is_some();
+        let aligned = |n: usize| n.next_multiple_of(128);
+        let results = assignments.checked_mul(c.hidden * 2)?;
+        let rows = aligned(max_tiles(assignments, c.local_experts, TILES[0]) * TILE_BYTES);
+        let x = aligned(rows + assignments * 4);
+        let after_x = aligned(x + first.bytes(tokens));
+        Some(if quantised {
+            let after_middle = aligned(after_x + assignments.checked_mul(wgmma.middle * 2)?);
+            let second = after_middle.max(aligned(x + results));
+            Self { rows, x, middle: after_x, second, results: x, all: second + down.bytes(assignments) }
+        } else {
+            let middle = after_x.max(aligned(x + results));
+            Self { rows, x, middle, second: middle, results: x, all: middle + down.bytes(assignments) }
+        })
+    }
+}
