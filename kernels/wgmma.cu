@@ -1,6 +1,6 @@
 // Hopper's grouped GEMM for many tokens: weight rows are the product's 64 rows, in registers; tokens its columns, in
-// shared memory. A block stays and takes tasks (128 rows of an expert's matrix times a tile of its tokens) in turn: a
-// warpgroup fills a ring, two multiply, each 64 of the rows. The ring goes on over tasks, so that the next one's weights
+// shared memory. A block stays and takes tasks (192 rows of an expert's matrix times a tile of its tokens) in turn: a
+// warpgroup fills a ring, three multiply, each 64 of the rows. The ring goes on over tasks, so that the next one's weights
 // and tokens come while results go out.
 #include "wgmma/finish.cuh"
 #include "wgmma/multiply.cuh"
@@ -9,13 +9,13 @@
 namespace moe {
 
 // Registers of a thread after the warpgroups have shared them out.
-constexpr int kProducer = kBlockScales ? 56 : 40, kMath = kBlockScales ? 224 : 232;
+constexpr int kProducer = 48, kMath = 144;
 
 // Sums with the narrowest product from kW on that takes all of the tile's tokens, kUsed chunks of them; its width.
-template <int kN, int kUsed, int kW, int kStep>
+template <int kN, int kUsed, int kW = 16>
 __device__ __forceinline__ int narrowest(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
     if constexpr (kW < Layout<kN>::kWidth) {
-        if (count > kW * kUsed) return narrowest<kN, kUsed, kW + kStep, kStep>(multiply, count, acc);
+        if (count > kW * kUsed) return narrowest<kN, kUsed, kW + 16>(multiply, count, acc);
     }
     if constexpr (kPromoted) {
         multiply.template promoted<kW, kUsed>(acc);
@@ -38,8 +38,8 @@ __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<k
         finish.write_facts(task);
         Sums<kN> acc;
         const int width = kChunks == 2 && task.count > kWidth
-                              ? narrowest<kN, kChunks, kWidth / 2 + 16, 16>(multiply, task.count, acc)
-                              : narrowest<kN, 1, kWidth / 4, kWidth / 4>(multiply, task.count, acc);
+                              ? narrowest<kN, kChunks, kWidth / 2 + 16>(multiply, task.count, acc)
+                              : narrowest<kN, 1>(multiply, task.count, acc);
         finish.write(acc, task, width);
     }
 }
@@ -76,6 +76,3 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     }
 MOE_ENTRY(64)
 MOE_ENTRY(128)
-#if MOE_KIND == 16 || MOE_KIND == 1
-MOE_ENTRY(256)
-#endif

@@ -109,7 +109,7 @@ struct Finish {
     __device__ __forceinline__ void copy_out(const Task& task, const Columns& columns, bool joined) const {
         const uint32_t base = memory.staged(warpgroup);
         const int thread = 32 * warp + lane, tokens = columns.count;
-        const int width = joined ? 32 : 64, first = (2 * task.row_tile + warpgroup) * width;
+        const int width = joined ? 32 : 64, first = (kMathGroups * task.row_tile + warpgroup) * width;
         if (p.kind == kFirst && p.ordered) {
             const int groups = width / 32;
             for (int i = thread; i < tokens * groups; i += kWarpgroup) {
@@ -159,7 +159,7 @@ struct Finish {
     // From there through the activation to rows, four columns of a token at a time.
     __device__ __forceinline__ void copy_raw(const Task& task, const Columns& columns, int half, bool joined) const {
         const int skipped = half * kRawTokens, tokens = min(kRawTokens, columns.count - skipped);
-        const int width = joined ? 32 : 64, first = (2 * task.row_tile + warpgroup) * width, fours = width / 4;
+        const int width = joined ? 32 : 64, first = (kMathGroups * task.row_tile + warpgroup) * width, fours = width / 4;
         const int filled = p.weights.slabs * (joined ? 8 : 16);
         for (int i = 32 * warp + lane; i < tokens * fours; i += kWarpgroup) {
             const int token = i / fours, four = i % fours * 4, column = first + four;

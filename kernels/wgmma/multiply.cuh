@@ -1,5 +1,5 @@
 // A warpgroup's 64 rows times a tile's tokens. Weights come from the ring into registers, in which the products take them;
-// tokens stay in the ring. While a stage's products run, the next stage's weights are read.
+// tokens stay in the ring. The other warpgroups' products run while this one reads weights.
 #pragma once
 #include "products.cuh"
 #include "task.cuh"
@@ -53,35 +53,30 @@ struct Multiply {
     template <int kW, int kUsed>
     __device__ __forceinline__ void plain(Sums<kN>& acc) {
         const int stages = stages_of(p);
-        uint32_t a[2][kSteps][4];
+        uint32_t a[kSteps][4];
         wait_full(place);
-        load(a[0], place.at, 0);
-        const auto step = [&](uint32_t (&now)[kSteps][4], uint32_t (&then)[kSteps][4], int stage) {
-            const Place here = place;
-            const uint64_t columns = columns_at(memory.tokens(here.at));
+        load(a, place.at, 0);
+#pragma unroll 1
+        for (int stage = 0; stage < stages; stage++) {
+            const int at = uniform(place.at);
+            const uint64_t columns = columns_at(memory.tokens(at));
+            place.next(memory.depth);
             products_begin();
 #pragma unroll
             for (int k = 0; k < kSteps; k++) {
 #pragma unroll
                 for (int c = 0; c < kUsed; c++) {
-                    Product<kW>::run(acc[c], now[k], columns + 2 * k + c * (kW * kRowBytes / 16), stage > 0 || k > 0);
+                    Product<kW>::run(acc[c], a[k], columns + 2 * k + c * (kW * kRowBytes / 16), stage > 0 || k > 0);
                 }
             }
             products_commit();
-            place.next(memory.depth);
-            if (stage + 1 < stages) wait_full(place);
-            products_wait<1>();
-            if (stage > 0) release(here.at == 0 ? memory.depth - 1 : here.at - 1);
-            if (stage + 1 < stages) load(then, place.at, stage + 1);
-        };
-        for (int stage = 0;;) {
-            step(a[0], a[1], stage);
-            if (++stage == stages) break;
-            step(a[1], a[0], stage);
-            if (++stage == stages) break;
+            products_wait<0>();
+            release(at);
+            if (stage + 1 < stages) {
+                wait_full(place);
+                load(a, place.at, stage + 1);
+            }
         }
-        products_wait<0>();
-        release(place.at == 0 ? memory.depth - 1 : place.at - 1);
     }
 
     // Adds a stage's sums, of one chunk of columns, to all stages' in float32.
@@ -107,8 +102,7 @@ struct Multiply {
         }
     }
 
-    // Sums a stage at a time, and adds those up; of one chunk of columns while the other's products run. No product runs from
-    // one stage into the next: the compiler would put them in a row then.
+    // Sums a stage and a chunk of columns at a time, and adds those up while the other warpgroups' products run.
     template <int kW, int kUsed>
     __device__ __forceinline__ void promoted(Sums<kN>& acc) {
         const int stages = stages_of(p);
@@ -122,36 +116,26 @@ struct Multiply {
         load(a, place.at, 0);
 #pragma unroll 1
         for (int stage = 0; stage < stages; stage++) {
-            const int at = place.at;
+            const int at = uniform(place.at);
             const uint64_t columns = columns_at(memory.tokens(at));
-            Sum part[kUsed][kW / 2];
-            products_begin();
+            place.next(memory.depth);
 #pragma unroll
             for (int c = 0; c < kUsed; c++) {
+                Sum part[kW / 2];
+                products_begin();
 #pragma unroll
                 for (int k = 0; k < kSteps; k++) {
-                    Product<kW>::run(part[c], a[k], columns + 2 * k + c * (kW * kRowBytes / 16), k > 0);
+                    Product<kW>::run(part, a[k], columns + 2 * k + c * (kW * kRowBytes / 16), k > 0);
                 }
                 products_commit();
+                products_wait<0>();
+                if (c == kUsed - 1 && stage + 1 < stages) {
+                    wait_full(place);
+                    load(a, place.at, stage + 1);
+                }
+                promote<kW>(acc[c], part, at, stage, c);
             }
-            uint32_t next[kSteps][4];
-            place.next(memory.depth);
-            if (stage + 1 < stages) {
-                wait_full(place);
-                load(next, place.at, stage + 1);
-            }
-            if constexpr (kUsed == 2) {
-                products_wait<1>();
-                promote<kW>(acc[0], part[0], at, stage, 0);
-            }
-            products_wait<0>();
-            promote<kW>(acc[kUsed - 1], part[kUsed - 1], at, stage, kUsed - 1);
             release(at);
-#pragma unroll
-            for (int k = 0; k < kSteps; k++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) a[k][i] = next[k][i];
-            }
         }
     }
 };

@@ -30,12 +30,12 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& m
             const int row = first + 16 * i;
             from[i] = row < task.count ? static_cast<uint32_t>(source(row)) * p.pitch + chunk : 0;
         }
-        const float* scales[kScalesEach];
+        int scales[kScalesEach];
         if constexpr (kBlockScales) {
 #pragma unroll
             for (int i = 0; i < kScalesEach; i++) {
                 const int row = thread + kWarpgroup * i;
-                scales[i] = row < task.count ? p.scales + static_cast<long long>(source(row)) * p.scale_stride : nullptr;
+                scales[i] = row < task.count ? source(row) * p.scale_stride : 0;
             }
         }
         const int slabs = min(kSlabs, p.weights.slabs - task.row_tile * kSlabs);
@@ -63,7 +63,7 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& m
 #pragma unroll
                 for (int i = 0; i < kScalesEach; i++) {
                     const int row = thread + kWarpgroup * i;
-                    if (row < task.count) copy_4(memory.scales(place.at) + 4 * row, scales[i] + stage * p.scale_step);
+                    if (row < task.count) copy_4(memory.scales(place.at) + 4 * row, p.scales + scales[i] + stage * p.scale_step);
                 }
             }
             arrive_after_copies(memory.full(place.at));

@@ -29,15 +29,18 @@ struct GemmParams {
 // src/cuda/wgmma.rs has the same.
 static_assert(sizeof(GemmParams) == 152, "");
 
-// A producing warpgroup and two that multiply, each 64 rows of 16.
-constexpr int kThreads = 384, kMathThreads = 256, kSlabs = 8, kWarpgroup = 128;
+// A warpgroup that fills the ring and three that multiply, each four slabs of 16 rows: while one reads its weights, adds
+// sums up or sends results out, the others keep the tensor cores busy.
+constexpr int kWarpgroup = 128, kMathGroups = 3, kMathThreads = kMathGroups * kWarpgroup, kThreads = kWarpgroup + kMathThreads;
+constexpr int kSlabs = 4 * kMathGroups;
 constexpr int kMaxDepth = 16;
 
 // Shared memory of a tile of at most kN tokens: a ring of tokens, of weights, of scales; room for results on their way
 // out; the columns' facts; the ring's barriers.
 template <int kN>
 struct Layout {
-    static constexpr int kChunks = kN > (kPromoted ? 64 : 128) ? 2 : 1, kWidth = kN / kChunks;
+    // Registers hold the sums, and what is promoted of them.
+    static constexpr int kChunks = kPromoted && kN > 64 ? 2 : 1, kWidth = kN / kChunks;
     static constexpr int kTokens = kN * kRowBytes, kWeights = kSlabs * kSlabStage, kScales = kBlockScales ? 4 * kN : 0;
     static constexpr int kStaged = kWidth * 128;  // of a warpgroup
     static constexpr int kFacts = 8 * kN;
@@ -54,8 +57,8 @@ struct Layout {
     }
     __device__ __forceinline__ uint32_t after() const { return base() + depth * (kTokens + kWeights + kScales); }
     __device__ __forceinline__ uint32_t staged(int warpgroup) const { return after() + warpgroup * kStaged; }
-    __device__ __forceinline__ uint32_t fact(int column) const { return after() + 2 * kStaged + 8 * column; }
-    __device__ __forceinline__ uint32_t full(int place) const { return after() + 2 * kStaged + kFacts + 8 * place; }
+    __device__ __forceinline__ uint32_t fact(int column) const { return after() + kMathGroups * kStaged + 8 * column; }
+    __device__ __forceinline__ uint32_t full(int place) const { return after() + kMathGroups * kStaged + kFacts + 8 * place; }
     __device__ __forceinline__ uint32_t free(int place) const { return full(kMaxDepth + place); }
 };
 

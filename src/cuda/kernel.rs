@@ -65,7 +65,7 @@ pub struct Families {
     pub tile: Option<Tile>,
     /// From so many tokens on `cuda_wgmma` goes to Hopper's own kernels; `usize::MAX` for never.
     pub wgmma_from: usize,
-    /// Their tile: 64, 128 or 256 tokens (the largest has no kernels for fp8), instead of the one that suits a call's size.
+    /// Their tile: 64 or 128 tokens, instead of the one that suits a call's size.
     pub wgmma_tile: Option<usize>,
 }
 

@@ -21,7 +21,7 @@ use crate::scheme::QuantKey;
 use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS, TILES};
 
 /// By the place in `TILES`.
-const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128", "moe_wgmma_256"];
+const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128"];
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 
@@ -89,7 +89,6 @@ pub(super) fn pays_from(config: &MoeConfig) -> usize {
 
 /// A layer's kernels. The packed projections belong to another: see [`new`](Wgmma::new).
 pub(super) struct Wgmma {
-    kind: Kind,
     /// By the place in `TILES`.
     kernels: [Option<(Kernel, Ring)>; TILES.len()],
     permute: Permute,
@@ -129,8 +128,7 @@ impl Wgmma {
         let fatbin = kind.fatbins()[format.compute as usize];
         let mut kernels = [const { None }; TILES.len()];
         for ((place, tile), entry) in kernels.iter_mut().zip(TILES).zip(ENTRIES) {
-            let ring = Ring::new(kind, tile, info.shared_per_block).filter(|_| tile <= kind.largest_tile());
-            if let Some(ring) = ring {
+            if let Some(ring) = Ring::new(kind, tile, info.shared_per_block) {
                 let kernel = gpu.kernel(fatbin, entry)?;
                 kernel.allow_shared(ring.shared)?;
                 *place = Some((kernel, ring));
@@ -153,7 +151,6 @@ impl Wgmma {
             })
         };
         Ok(Some(Self {
-            kind,
             kernels,
             permute: Permute::new(gpu, config)?,
             matrices,
@@ -178,7 +175,7 @@ impl Wgmma {
     }
 
     fn kernel(&self, assignments: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
-        let wanted = self.tile.unwrap_or_else(|| plan::tile(self.kind, assignments, self.config.experts));
+        let wanted = self.tile.unwrap_or_else(|| plan::tile(assignments, self.config.experts));
         let fitting = TILES.into_iter().zip(&self.kernels).rev().filter(|(t, _)| *t <= wanted.max(TILES[0]));
         let found = fitting.into_iter().find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
         found.ok_or(CudaError::NoKernel("wgmma"))

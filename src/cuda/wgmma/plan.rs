@@ -41,21 +41,14 @@ impl Kind {
     pub fn bytes(self) -> usize {
         if self == Kind::Half { 2 } else { 1 }
     }
-
-    /// Tokens of the largest tile, for whose sums there are registers.
-    pub fn largest_tile(self) -> usize {
-        match self {
-            Kind::Half | Kind::Int8 => 256,
-            Kind::Fp8 | Kind::Fp8Block => 128,
-        }
-    }
 }
 
 /// Tiles that the kernels have entries for, smallest first.
-pub const TILES: [usize; 3] = [64, 128, 256];
+pub const TILES: [usize; 2] = [64, 128];
 /// Rows of a tile, in slabs.
-pub const SLABS: usize = 8;
-pub const THREADS: usize = 384;
+pub const SLABS: usize = 12;
+/// A warpgroup that fills the ring and three that multiply.
+pub const THREADS: usize = 512;
 /// Bytes of a token's row in a stage of K.
 pub const STAGE_BYTES: usize = 128;
 const MAX_DEPTH: usize = 16;
@@ -74,20 +67,18 @@ impl Ring {
     pub fn new(kind: Kind, tile: usize, shared: usize) -> Option<Self> {
         let promoted = matches!(kind, Kind::Fp8 | Kind::Fp8Block);
         let (slab, scales) = if kind == Kind::Fp8Block { (2048 + 64, 4 * tile) } else { (2048, 0) };
-        let width = tile / if tile > if promoted { 64 } else { 128 } { 2 } else { 1 };
+        let width = if promoted { 64 } else { tile };
         let stage = tile * STAGE_BYTES + SLABS * slab + scales;
-        let rest = 2 * width * 128 + 8 * tile + 2 * 8 * MAX_DEPTH;
+        let rest = 3 * width * 128 + 8 * tile + 2 * 8 * MAX_DEPTH;
         let depth = (shared.checked_sub(rest)? / stage).min(MAX_DEPTH);
         (depth >= 3).then_some(Self { depth, shared: rest + depth * stage })
     }
 }
 
-/// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit.
-pub fn tile(kind: Kind, assignments: usize, experts: usize) -> usize {
+/// The tile for so many assignments to so many experts: the smaller one where most experts' tokens fit it.
+pub fn tile(assignments: usize, experts: usize) -> usize {
     let mean = assignments as f64 / experts as f64;
-    let most = mean + mean.sqrt();
-    let fitting = TILES.into_iter().find(|t| most <= *t as f64);
-    fitting.map_or(kind.largest_tile(), |t| t.min(kind.largest_tile()))
+    if mean + mean.sqrt() <= TILES[0] as f64 { TILES[0] } else { TILES[1] }
 }
 
 #[cfg(test)]
@@ -100,7 +91,7 @@ mod tests {
     #[test]
     fn every_tile_has_a_ring_on_hopper() {
         for kind in KINDS {
-            for tile in TILES.into_iter().filter(|t| *t <= kind.largest_tile()) {
+            for tile in TILES {
                 let ring = Ring::new(kind, tile, HOPPER).unwrap();
                 assert!(
                     ring.depth >= 4 && ring.depth <= MAX_DEPTH && ring.shared <= HOPPER,
@@ -108,23 +99,37 @@ mod tests {
                 );
             }
         }
-        assert_eq!(Ring::new(Kind::Half, 256, 99 << 10), None);
+        assert_eq!(Ring::new(Kind::Half, 128, 99 << 10), None);
     }
 
     #[test]
     fn tiles_grow_with_the_tokens_of_an_expert() {
-        for (kind, tokens, experts, topk, want) in [
-            (Kind::Half, 256, 128, 8, 64),
-            (Kind::Half, 1024, 128, 8, 128),
-            (Kind::Half, 4096, 128, 8, 256),
-            (Kind::Fp8Block, 4096, 128, 8, 128),
-            (Kind::Int8, 4096, 8, 2, 256),
-            (Kind::Int8, 1, 1, 1, 64),
-        ] {
-            assert_eq!(tile(kind, tokens * topk, experts), want, "{kind:?} {tokens} {experts}");
+        for (tokens, experts, topk, want) in
+            [(1, 1, 1, 64), (256, 128, 8, 64), (1024, 128, 8, 128), (4096, 128, 8, 128), (256, 8, 2, 128)]
+        {
+            assert_eq!(tile(tokens * topk, experts), want, "{tokens} {experts}");
         }
-        for kind in KINDS {
-            assert!((0..20_000).map(|t| tile(kind, t, 64)).is_sorted());
+        assert!((0..20_000).map(|t| tile(t, 64)).is_sorted());
+    }
+
+    #[test]
+    fn the_kernels_have_the_same_numbers() {
+        let task = include_str!("../../../kernels/wgmma/task.cuh");
+        for text in [
+            "kWarpgroup = 128, kMathGroups = 3,",
+            "kSlabs = 4 * kMathGroups;",
+            "kMaxDepth = 16;",
+            "kChunks = kPromoted && kN > 64 ? 2 : 1",
+            "kStaged = kWidth * 128;",
+            "kFacts = 8 * kN;",
+        ] {
+            assert!(task.contains(text), "{text}");
+        }
+        let kind = include_str!("../../../kernels/wgmma/kind.cuh");
+        assert!(kind.contains("kRowBytes = 128,") && kind.contains("kScaleBytes = kBlockScales ? 64 : 0"));
+        let entries = include_str!("../../../kernels/wgmma.cu");
+        for tile in TILES {
+            assert!(entries.contains(&format!("MOE_ENTRY({tile})")), "{tile}");
         }
     }
 }
