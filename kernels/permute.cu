@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "common/compute.cuh"
+#include "common/local.cuh"
 #include "common/order.cuh"
 #include "common/planes.cuh"
 #include "common/ptx.cuh"
@@ -31,18 +32,13 @@ struct PlanParams {
     const int* counts;  // batched format: [local experts]; ids are null then
     int* rows;          // [assignments], written: sorted assignments, then -1
     int4* tiles;        // [max_tiles], written; kernels/mma.cu says what they hold
+    int* places;        // [assignments], written: where each is among the sorted; or null
     int assignments, experts, local_experts;
     int max_tokens;     // batched format: an expert's tokens lie this far apart
     int tile, max_tiles;
 };
 // src/cuda/permute.rs has the same.
-static_assert(sizeof(PlanParams) == 64, "");
-
-__device__ __forceinline__ int local_expert(const PlanParams& p, int id) {
-    if (id < 0 || id >= p.experts) return -1;
-    const int local = p.map != nullptr ? p.map[id] : id;
-    return local < p.local_experts ? local : -1;
-}
+static_assert(sizeof(PlanParams) == 72, "");
 
 // Calls f(assignment, local expert) for the thread's assignments.
 template <class F>
@@ -56,7 +52,7 @@ __device__ __forceinline__ void for_each(const PlanParams& p, F f) {
         }
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
-            const int expert = local_expert(p, id[i]);
+            const int expert = moe::local_expert(id[i], p.map, p.experts, p.local_experts);
             if (expert >= 0) f(base + i * kThreads, expert);
         }
     }
@@ -145,9 +141,7 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
     if (lane < 32) {
         int local = -1;
         if (lane < p.topk) {
-            const int id = p.ids[token * p.topk + lane];
-            local = id < 0 || id >= p.experts ? -1 : p.map != nullptr ? p.map[id] : id;
-            if (local >= p.local_experts) local = -1;
+            local = moe::local_expert(p.ids[token * p.topk + lane], p.map, p.experts, p.local_experts);
         }
         const unsigned here = __ballot_sync(~0u, local >= 0);
         if (local >= 0) {
@@ -203,7 +197,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
     __syncthreads();
     if (p.counts != nullptr) return;
-    for_each(p, [&](int at, int expert) { p.rows[atomicAdd(&places[expert], 1)] = at; });
+    for_each(p, [&](int at, int expert) {
+        const int place = atomicAdd(&places[expert], 1);
+        p.rows[place] = at;
+        if (p.places != nullptr) p.places[at] = place;
+    });
     for (int i = all.x + t; i < p.assignments; i += kThreads) p.rows[i] = -1;
 }
 

@@ -107,5 +107,5 @@ fn a_poisoned_token_leaves_its_neighbours_alone() {
 #[test]
 fn the_batched_format_gives_what_the_standard_one_gives() {
     let Some(stream) = gpu::stream() else { return };
-    packed::the_batched_format_agrees(&stream, &decode(&stream), 19, [3, 0, 19, 1, 9]);
+    packed::the_batched_format_agrees(&stream, &decode(&stream), &packed::BATCHED, |_| None, 19, [3, 0, 19, 1, 9]);
 }

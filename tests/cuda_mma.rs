@@ -4,28 +4,19 @@
 
 mod common;
 
+use common::gemm::{self, KIND, gemm};
 use common::packed::{self, oracle};
 use common::*;
 use moe_oracle::config::*;
 use moe_oracle::cuda::{CudaKernel, Families, Stream, Tile};
 use moe_oracle::oracle::{ExpertsKind, ORACLES};
 
-const KIND: ExpertsKind = ExpertsKind::Mma;
-
 fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
     MoeConfig::new(e, k, h, i)
 }
 
-/// The grouped GEMM whatever the number of tokens, with a tile or the one that suits.
-fn gemm(stream: &Stream, layer: &Layer, tile: Option<Tile>, map: Option<&[i32]>) -> CudaKernel {
-    let mut kernel = gpu::kernel(stream, layer, KIND, map);
-    kernel.set_families(Families { decode_up_to: 0, tile, ..Families::of(&layer.config) }).unwrap();
-    kernel
-}
-
-/// Every expert's result is rounded before the sum, which `bound` has no room for.
 fn check(stream: &Stream, kernel: &CudaKernel, layer: &Layer, rng: &mut Rng, tokens: usize, skew: Skew) -> Vec<u16> {
-    packed::check(stream, kernel, layer, rng, tokens, skew, 1.5 * packed::bound(layer.config.input))
+    packed::check_keyed(stream, kernel, layer, gemm::key(layer), rng, tokens, skew, gemm::bound(layer))
 }
 
 #[test]
@@ -127,6 +118,6 @@ fn the_batched_format_gives_what_the_standard_one_gives() {
     let Some(stream) = gpu::stream() else { return };
     for tile in [None, Some(Tile::T16)] {
         let make = |layer: &Layer, map: Option<&[i32]>| gemm(&stream, layer, tile, map);
-        packed::the_batched_format_agrees(&stream, &make, 150, [3, 0, 150, 1, 40]);
+        packed::the_batched_format_agrees(&stream, &make, &packed::BATCHED, |_| None, 150, [3, 0, 150, 1, 40]);
     }
 }

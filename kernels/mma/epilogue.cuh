@@ -13,7 +13,7 @@ struct Epilogue {
 
     // The sums as projections, to shared memory: [tokens][kPitch], the block's rows.
     __device__ __forceinline__ void stage_sums(const D (&dequant)[S::kWarpSlabs],
-                                               const float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
+                                               const Sum (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
         const int g = lane >> 2, t = lane & 3;
         float* staged = reinterpret_cast<float*>(shared_memory + kRingAt) + (S::column(warp, 0) + 2 * t) * S::kPitch + g;
         float routing[S::kTiles][2];
@@ -22,7 +22,11 @@ struct Epilogue {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int c = S::column(warp, n) + 2 * t + i;
-                routing[n][i] = p.routing != nullptr && c < task.count ? p.routing[p.rows[task.start + c]] : 1.f;
+                if constexpr (kWhole) {
+                    routing[n][i] = c < task.count ? p.units[task.start + c] : 0.f;
+                } else {
+                    routing[n][i] = p.routing != nullptr && c < task.count ? p.routing[p.rows[task.start + c]] : 1.f;
+                }
             }
         }
 #pragma unroll
@@ -40,7 +44,7 @@ struct Epilogue {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         staged[(column + i) * S::kPitch + 16 * slab + 8 * high] =
-                            fmaf(acc[s][n][2 * high + i] * factor, routing[n][i], bias);
+                            fmaf(static_cast<float>(acc[s][n][2 * high + i]) * factor, routing[n][i], bias);
                     }
                 }
             }
@@ -57,9 +61,27 @@ struct Epilogue {
         return *reinterpret_cast<const uint2*>(four);
     }
 
-    // From there through the activation to planes, four results at a time; the last block fills the last plane up.
+    // Four results to a plane.
+    __device__ __forceinline__ void write_plane(const float (&v)[4], int row, int column) const {
+        char* to = static_cast<char*>(p.out) + column / kBlock * p.plane + (long long)row * kRowBytes +
+                   ((column % kBlock / 8 ^ swizzle(row)) << 4) + column % 8 * 2;
+        *reinterpret_cast<uint2*>(to) = rounded(v[0], v[1], v[2], v[3], false);
+    }
+    // Four results to a row, with the largest of its 64 columns, which sixteen lanes have; what quantises them wants both.
+    __device__ __forceinline__ void write_float_row(const float (&v)[4], int row, int column) const {
+        const long long at = (long long)row * p.out_columns + column;
+        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at) = make_float4(v[0], v[1], v[2], v[3]);
+        // As integers: a NaN is the largest of all.
+        unsigned top = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) top = max(top, __float_as_uint(v[i]) & 0x7fffffffu);
+        const unsigned all = __reduce_max_sync(0xffffu << (lane & 16), top);
+        if (lane % 16 == 0) p.tops[at / kBlock] = all;
+    }
+
+    // From there through the activation, four results at a time; the last block fills the last 64 columns up.
     template <int kUnroll, class F>
-    __device__ __forceinline__ void write_planes(F activation) const {
+    __device__ __forceinline__ void write_results(F activation) const {
         const bool pairs = gated(p.activation);
         const int slab_width = pairs ? 8 : 16, first = first_slab * slab_width;
         const int filled = p.weights.slabs * slab_width - first, shift = pairs ? S::kFours - 1 : S::kFours;
@@ -76,17 +98,19 @@ struct Epilogue {
                 v[2] = activation(gate.z, up.z), v[3] = activation(gate.w, up.w);
             }
             if (D::kLift) v[0] *= 0x1p80f, v[1] *= 0x1p80f, v[2] *= 0x1p80f, v[3] *= 0x1p80f;
-            char* to = static_cast<char*>(p.out) + column / kBlock * p.plane + (long long)row * kRowBytes +
-                       ((column % kBlock / 8 ^ swizzle(row)) << 4) + column % 8 * 2;
-            *reinterpret_cast<uint2*>(to) = rounded(v[0], v[1], v[2], v[3], false);
+            if constexpr (kWhole) {
+                write_float_row(v, row, column);
+            } else {
+                write_plane(v, row, column);
+            }
         }
     }
     __device__ __forceinline__ void write_activated() const {
         // The usual one without branches in the loop.
         if (p.activation.kind == kSilu) {
-            write_planes<2>([&](float g, float u) { return apply({kSilu, 0.f, 0.f, p.activation.limit}, g, u); });
+            write_results<2>([&](float g, float u) { return apply({kSilu, 0.f, 0.f, p.activation.limit}, g, u); });
         } else {
-            write_planes<1>([&](float g, float u) { return apply(p.activation, g, u); });
+            write_results<1>([&](float g, float u) { return apply(p.activation, g, u); });
         }
     }
 
@@ -106,7 +130,7 @@ struct Epilogue {
 
     // All warps, when nobody reads the ring any more.
     __device__ __forceinline__ void write(const D (&dequant)[S::kWarpSlabs],
-                                          const float (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
+                                          const Sum (&acc)[S::kWarpSlabs][S::kTiles][4]) const {
         __syncthreads();
         stage_sums(dequant, acc);
         __syncthreads();

@@ -59,7 +59,7 @@ struct Narrow {
     // One stage into the sums; `refill` is called when the first products are under way.
     template <class F>
     __device__ __forceinline__ void multiply(int stage, int from, D (&dequant)[S::kWarpSlabs],
-                                             float (&acc)[S::kWarpSlabs][S::kTiles][4], F refill) const {
+                                             Sum (&acc)[S::kWarpSlabs][S::kTiles][4], F refill) const {
         const uint32_t tokens = place(from) + from_token;
         const uint32_t slabs = place(from) + kBlocks * kTokenBytes + warp * S::kWarpSlabs * stage_bytes;
         const int blocks = p.weights.blocks - stage * kBlocks;
@@ -91,7 +91,7 @@ struct Narrow {
                         d.enter_narrow(slab + scales, 4 * block + 2 * half + h);
                         d.finish(a);
 #pragma unroll
-                        for (int n = 0; n < S::kTiles; n++) C::mma(acc[s][n], a, b[n][2 * h], b[n][2 * h + 1]);
+                        for (int n = 0; n < S::kTiles; n++) Product::mma(acc[s][n], a, b[n][2 * h], b[n][2 * h + 1]);
                     }
                 }
                 if (block == 0 && half == 0) refill();
@@ -123,7 +123,7 @@ __device__ __forceinline__ void narrow(const GemmParams& p) {
     const Narrow<kN> gemm(p, task, memory, uniform(threadIdx.x >> 5));
     const int stages = gemm.stages();
     for (int i = 0; i < p.depth - 1 && i < stages; i++) gemm.fetch(i, i);
-    float acc[S::kWarpSlabs][S::kTiles][4] = {};
+    Sum acc[S::kWarpSlabs][S::kTiles][4] = {};
     D dequant[S::kWarpSlabs];
 #pragma unroll
     for (int s = 0; s < S::kWarpSlabs; s++) dequant[s].begin();

@@ -4,6 +4,7 @@
 #include "common/dequant.cuh"
 #include "common/matrix.cuh"
 #include "common/planes.cuh"
+#include "int8.cuh"
 
 #define MOE_CASE(name, codes, scales)                  \
     struct Format_##name {                             \
@@ -19,6 +20,7 @@ MOE_CASE(fp8, CodesE4m3<C>, Scale::kNone);
 MOE_CASE(fp8_block, CodesE4m3<C>, Scale::kF32);
 MOE_CASE(mxfp8, CodesE4m3<C>, Scale::kE8m0);
 MOE_CASE(int8, CodesInt8<C>, Scale::kNone);
+MOE_CASE(w8a8, CodesW8A8, Scale::kNone);
 MOE_CASE(int8_group, CodesInt8<C>, Scale::kHalf);
 MOE_CASE(mxfp4, CodesE2m1<C>, Scale::kE8m0);
 MOE_CASE(nvfp4, CodesE2m1<C>, Scale::kE4m3);
@@ -29,11 +31,15 @@ MOE_CASE(int4, CodesU4<C>, Scale::kHalf);
 using Format = MOE_PASTE(Format_, MOE_FORMAT);
 using Q = Format::Q;
 using D = Dequant<C, Q, Format::kScale>;
+// int8 weights times int8 tokens.
+constexpr bool kWhole = std::is_same_v<Q, CodesW8A8>;
+using Product = std::conditional_t<kWhole, WholeProduct, C>;
+using Sum = std::conditional_t<kWhole, int, float>;
 
-// Blocks (64 columns) of a stage of packed weights: two; one where codes are wide and nothing follows them.
+// Blocks of a stage of packed weights: two; one where codes are wide and nothing follows them, or a block is twice as long.
 constexpr int kBlocks = Q::kWords == 4 ? 1 : 2;
 constexpr int kCodeBytes = Q::kWords * 512;
-static_assert(kRowBytes == 2 * kBlock, "a plane holds a block's columns");
+static_assert(kRowBytes == 2 * kBlock, "a plane holds a block's columns, or two blocks' of int8");
 // Before the rings: their barriers, "full" and "free" of every place of two rings.
 constexpr int kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;
 
@@ -48,10 +54,12 @@ struct GemmParams {
     const char* x;          // planes of tokens
     const int* rows;        // [assignments] sorted by expert, or null for the batched format: as they lie
     const float* routing;   // of each assignment, to multiply sums of the first kind by; or null
+    const float* units;     // int8: of each row of the planes, what its codes stand for
+    unsigned* tops;         // int8, kFirst: [rows][out_columns / 64], the largest magnitude of so many results as bits
     const int4* tiles;      // {local expert or -1, first row, how many, nth of its expert | of how many << 16}
-    void* out;              // kFirst: planes of `out_columns`; else rows of that many
+    void* out;              // kFirst: planes of `out_columns`, int8: rows of float32; else rows of that many
     long long plane;        // bytes of a plane of x and of kFirst's out
-    int out_columns;        // kFirst: rounded up to whole planes, what lies beyond the matrix becomes zeros
+    int out_columns;        // kFirst: a multiple of 64, what lies beyond the matrix becomes zeros
     int row_tiles;          // blocks that share the matrix's slabs
     short depth;            // places of the ring: stages; with wide tiles, blocks of tokens
     short weights_depth;    // with wide tiles: stages of weights
@@ -60,7 +68,7 @@ struct GemmParams {
     Activation activation;
 };
 // src/cuda/mma.rs has the same.
-static_assert(sizeof(GemmParams) == 136, "");
+static_assert(sizeof(GemmParams) == 152, "");
 
 // How a block's four warps share its rows and kN columns.
 template <int kN>
@@ -167,7 +175,7 @@ __device__ __forceinline__ void token_of(uint32_t at, uint32_t (&b)[4]) {
 
 // Enters a slab's scales of 32 columns of K, in whose units its sums are.
 template <int kTiles>
-__device__ __forceinline__ void enter(D& dequant, uint2 scales, int quarter, const ScaleLayout& layout, float (&acc)[kTiles][4]) {
+__device__ __forceinline__ void enter(D& dequant, uint2 scales, int quarter, const ScaleLayout& layout, Sum (&acc)[kTiles][4]) {
     float move[2];
     dequant.enter(scales, quarter, layout, move);
     if constexpr (D::kUnits) {

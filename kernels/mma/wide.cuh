@@ -34,7 +34,7 @@ struct Wide {
     // Pairs of eight columns that hold tokens.
     const int pairs;
     D dequant[S::kWarpSlabs];
-    float acc[S::kWarpSlabs][S::kTiles][4];
+    Sum acc[S::kWarpSlabs][S::kTiles][4];
 
     __device__ __forceinline__ Wide(const GemmParams& params, const Task& its, uint32_t shared, int w)
         : p(params), task(its), slab{params.weights, its.expert, its.row_tile * S::kSlabs}, memory(shared), warp(w),
@@ -198,7 +198,7 @@ struct Wide {
                 const bool last = step % (2 * S::kWarpSlabs) == 2 * S::kWarpSlabs - 1;
 #pragma unroll
                 for (int n = 0; n < kUsed; n++) {
-                    C::mma(acc[s][n], a[step % 2], b[n][2 * h], b[n][2 * h + 1]);
+                    Product::mma(acc[s][n], a[step % 2], b[n][2 * h], b[n][2 * h + 1]);
                     if (last) load_token(half == 0 ? from : then, 1 - half, n, b[n]);
                 }
                 if (last && half == 0) enter_half(from, 1);

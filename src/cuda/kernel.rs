@@ -143,7 +143,7 @@ impl CudaKernel {
             GpuWeights::Mma { packed, activation, hopper } => {
                 let decode = Decode::new(stream, packed, config)?;
                 // The projections stay where they are as long as `decode`, which goes together with this.
-                let mma = Mma::new(stream, packed, decode.matrices(), config)?;
+                let mma = Mma::new(stream, packed, decode.matrices(), *activation, config)?;
                 let wgmma = match hopper {
                     true => Wgmma::new(stream, packed, *activation, decode.matrices(), config)?,
                     false => None,

@@ -30,6 +30,7 @@ struct PlanParams {
     counts: u64,
     rows: u64,
     tiles: u64,
+    places: u64,
     assignments: i32,
     experts: i32,
     local_experts: i32,
@@ -83,7 +84,7 @@ struct CombineParams {
 // The kernels assert the same.
 const _: () = assert!(
     size_of::<OrderParams>() == 32
-        && size_of::<PlanParams>() == 64
+        && size_of::<PlanParams>() == 72
         && size_of::<CombineParams>() == 56
         && size_of::<LayOutParams>() == 56
 );
@@ -103,7 +104,20 @@ pub(super) enum Source {
     Counts { counts: u64, max: usize },
 }
 
-/// Bytes of a token's row in a plane, which holds 64 columns.
+/// What is planned.
+#[derive(Clone, Copy)]
+pub(super) struct Plan {
+    /// `[max_tiles]` entries, written
+    pub tiles: u64,
+    /// Assignments of a tile at most.
+    pub tile: usize,
+    /// No less than [`max_tiles`] says.
+    pub max_tiles: usize,
+    /// `[assignments]`, written where there are ids: where each is among the sorted; or 0
+    pub places: u64,
+}
+
+/// Bytes of a token's row in a plane, which holds 64 columns, or 128 of int8.
 pub(super) const ROW_BYTES: usize = 128;
 
 /// How tokens lie for the grouped GEMM: `[planes][rows][ROW_BYTES]`, see kernels/common/planes.cuh.
@@ -118,11 +132,6 @@ impl Planes {
     /// Bytes for so many rows.
     pub fn bytes(self, rows: usize) -> Option<usize> {
         rows.checked_mul(self.count * ROW_BYTES)
-    }
-
-    /// 16-bit columns of all planes.
-    pub fn columns(self) -> usize {
-        self.count * ROW_BYTES / 2
     }
 }
 
@@ -166,26 +175,20 @@ impl Permute {
         })
     }
 
-    /// Writes `max_tiles` tiles of at most `tile` assignments, and the sorted assignments.
+    /// Writes the tiles and the sorted assignments.
     ///
     /// # Safety
-    /// The addresses must be device memory of the sizes that [`Source`] names, `tiles` of `max_tiles` entries, and as
-    /// [`Launch::run`] wants them. `max_tiles` must be no less than [`max_tiles`] says, and all counts fit 32 bits.
-    pub unsafe fn plan(
-        &self,
-        stream: &Stream,
-        source: Source,
-        tiles: u64,
-        tile: usize,
-        max_tiles: usize,
-    ) -> Result<(), CudaError> {
+    /// The addresses must be device memory of the sizes that [`Source`] and [`Plan`] name, and as [`Launch::run`] wants them.
+    /// All counts must fit 32 bits.
+    pub unsafe fn plan(&self, stream: &Stream, source: Source, plan: Plan) -> Result<(), CudaError> {
         let c = &self.config;
         let common = PlanParams {
-            tiles,
+            tiles: plan.tiles,
+            places: plan.places,
             experts: c.experts as i32,
             local_experts: c.local_experts as i32,
-            tile: tile as i32,
-            max_tiles: max_tiles as i32,
+            tile: plan.tile as i32,
+            max_tiles: plan.max_tiles as i32,
             ..bytemuck::Zeroable::zeroed()
         };
         let params = match source {

@@ -12,7 +12,7 @@ use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::pack::PackedExperts;
-use super::permute::{Permute, Source, Sum, TILE_BYTES, max_tiles};
+use super::permute::{Permute, Plan, Source, Sum, TILE_BYTES, max_tiles};
 use super::projection::Matrix;
 use super::quantize::{Ordered, Quantizer};
 use super::{CudaError, Stream, quantize};
@@ -255,7 +255,7 @@ impl Wgmma {
         };
         // SAFETY: the caller's promise; the parts have room for all rows.
         unsafe {
-            self.permute.plan(stream, source, list, tile, tiles)?;
+            self.permute.plan(stream, source, Plan { tiles: list, tile, max_tiles: tiles, places: 0 })?;
             match &first.quantizer {
                 None => self.permute.order(stream, pass.hidden, x, c.hidden, first.pitch, pass.tokens)?,
                 Some(q) => {

@@ -211,9 +211,19 @@ pub fn a_poisoned_token_harms_no_other(stream: &Stream, make: Make) {
     }
 }
 
-/// Five experts with so many tokens in `max` slots each.
-pub fn the_batched_format_agrees(stream: &Stream, make: Make, max: usize, counts: [i32; 5]) {
-    for alias in ["Bf16", "Fp8Block", "Mxfp4W4A16", "Int4G32Asym", "Nvfp4W4A16", "Int8Channel"] {
+/// Formats that the batched activation format is tried with.
+pub const BATCHED: [&str; 6] = ["Bf16", "Fp8Block", "Mxfp4W4A16", "Int4G32Asym", "Nvfp4W4A16", "Int8ChannelWeightOnly"];
+
+/// Five experts with so many tokens in `max` slots each. The input of each GEMM becomes what `key` says.
+pub fn the_batched_format_agrees(
+    stream: &Stream,
+    make: Make,
+    aliases: &[&str],
+    key: impl Fn(&Layer) -> Option<QuantKey>,
+    max: usize,
+    counts: [i32; 5],
+) {
+    for alias in aliases {
         let mut rng = Rng(6000);
         let config = MoeConfig { bias: true, ..MoeConfig::new(5, 1, 96, 192) };
         let layer = weights::layer(&mut rng, oracle(alias), config);
@@ -222,7 +232,7 @@ pub fn the_batched_format_agrees(stream: &Stream, make: Make, max: usize, counts
         let x = hidden(&mut rng, 5 * max, &layer.config);
         let y = gpu::forward_batched(stream, &make(&batched, None), &x, &counts, max);
         let stored = as_stored(&layer);
-        let mut reference = Reference::new(&stored, None);
+        let mut reference = Reference::new(&stored, key(&layer));
         for (row, y) in y.chunks(96).enumerate() {
             let (expert, slot) = (row / max, row % max);
             if slot < counts[expert] as usize {

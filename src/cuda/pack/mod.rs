@@ -67,6 +67,8 @@ pub struct PackedExperts {
     pub(super) gated: bool,
     /// Stored scales of the inputs of both GEMMs, where all experts have the same.
     pub(super) input_scales: [Option<f32>; 2],
+    /// The same by expert, where all have one.
+    pub(super) expert_input_scales: [Option<Vec<f32>>; 2],
     /// Bytes that one expert's use must read, as the checkpoint stores them.
     pub(super) bytes_per_expert: usize,
 }
@@ -108,6 +110,8 @@ impl PackedExperts {
             intermediate,
             gated,
             input_scales: [same(weights, |e| e.input_scale), same(weights, |e| e.down_input_scale)],
+            expert_input_scales: [|e: &ExpertWeights| e.input_scale, |e: &ExpertWeights| e.down_input_scale]
+                .map(|of| weights.experts.iter().map(of).collect()),
             bytes_per_expert: weights.experts.first().map_or(0, ExpertWeights::bytes),
         })
     }
