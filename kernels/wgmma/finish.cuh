@@ -186,6 +186,15 @@ struct Finish {
         }
     }
 
+    // What the last row tile leaves of the first kind's rows is zeros: the second projection reads whole stages.
+    __device__ __forceinline__ void fill_up(const Task& task, bool joined) const {
+        const int filled = p.row_tiles * kMathGroups * (joined ? 32 : 64), rest = (p.out_columns - filled) / 8;
+        if (p.kind != kFirst || rest <= 0 || task.row_tile != p.row_tiles - 1) return;
+        for (int i = threadIdx.x - kWarpgroup; i < task.count * rest; i += kMathThreads) {
+            *row_at(fact(i / rest).row, filled + i % rest * 8) = make_uint4(0, 0, 0, 0);
+        }
+    }
+
     // All of the tile's columns, `width` to a chunk.
     __device__ __forceinline__ void write(const Sum (&acc)[L::kChunks][L::kWidth / 2], const Task& task, int width) const {
         const bool joined = p.kind == kFirst && gated(p.activation);
@@ -214,6 +223,7 @@ struct Finish {
                 }
             }
         }
+        fill_up(task, joined);
         // Before the next task's facts.
         math_barrier();
     }

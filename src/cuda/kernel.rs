@@ -6,7 +6,7 @@ use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
 use super::mma::{Mma, Tile};
 use super::pack::{Compute, PackedExperts};
-use super::wgmma::{self, Wgmma};
+use super::wgmma::Wgmma;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, InputType, MoeConfig};
 use crate::kernel;
@@ -54,8 +54,8 @@ enum Experts {
     Emulation(Emulation),
 }
 
-/// Which of the kernels of `cuda_mma` and `cuda_wgmma` serve how many tokens: a plan that depends on nothing but a call's size, which an engine
-/// may replace by what it has measured.
+/// Which of the kernels of `cuda_mma` and `cuda_wgmma` serve how many tokens: a plan that depends on nothing but a call's
+/// size, which an engine may replace by what it has measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Families {
     /// Up to so many tokens (or slots of an expert, in the batched format) go to the kernels for few tokens, the others
@@ -75,13 +75,12 @@ impl Families {
         self.decode_up_to == 0 && (self.wgmma_from <= 1 || self.wgmma_from == usize::MAX)
     }
 
-    /// What suits a layer. With batch invariance one family has to serve all sizes.
-    pub fn of(config: &MoeConfig) -> Self {
-        let alone = config.batch_invariant;
+    /// What suits a layer without Hopper's own kernels. With batch invariance one family has to serve all sizes.
+    pub const fn of(config: &MoeConfig) -> Self {
         Self {
-            decode_up_to: if alone { 0 } else { 8 },
+            decode_up_to: if config.batch_invariant { 0 } else { 8 },
             tile: None,
-            wgmma_from: if alone { usize::MAX } else { wgmma::pays_from(config) },
+            wgmma_from: usize::MAX,
             wgmma_tile: None,
         }
     }
@@ -148,7 +147,11 @@ impl CudaKernel {
                     true => Wgmma::new(stream, packed, *activation, decode.matrices(), config)?,
                     false => None,
                 };
-                Experts::Mma(mma, decode, wgmma, Families::of(config))
+                let mut families = Families::of(config);
+                if let (Some(wgmma), false) = (&wgmma, config.batch_invariant) {
+                    families.wgmma_from = wgmma.pays_from();
+                }
+                Experts::Mma(mma, decode, wgmma, families)
             }
             GpuWeights::Emulation { weights, activation } => {
                 Experts::Emulation(Emulation::new(stream, weights, *activation, config)?)

@@ -81,14 +81,9 @@ impl Input {
     }
 }
 
-/// From how many tokens on these kernels pay (benches/RESULTS.md).
-pub(super) fn pays_from(config: &MoeConfig) -> usize {
-    // Eight tokens an expert.
-    (8 * config.experts).div_ceil(config.topk)
-}
-
 /// A layer's kernels. The packed projections belong to another: see [`new`](Wgmma::new).
 pub(super) struct Wgmma {
+    fp8: bool,
     /// By the place in `TILES`.
     kernels: [Option<(Kernel, Ring)>; TILES.len()],
     permute: Permute,
@@ -151,6 +146,7 @@ impl Wgmma {
             })
         };
         Ok(Some(Self {
+            fp8: matches!(kind, Kind::Fp8 | Kind::Fp8Block),
             kernels,
             permute: Permute::new(gpu, config)?,
             matrices,
@@ -162,6 +158,13 @@ impl Wgmma {
             config: *config,
             tile: None,
         }))
+    }
+
+    /// From how many tokens on these kernels are faster than `cuda_mma`'s (benches/RESULTS.md).
+    pub fn pays_from(&self) -> usize {
+        // Tokens of an expert; the others unpack fp8.
+        let each = if self.fp8 { 16 } else { 64 };
+        (each * self.config.experts).div_ceil(self.config.topk)
     }
 
     /// Tokens that go through one pass.
