@@ -1,8 +1,8 @@
 // What surrounds the grouped GEMM: the plan of tiles and the tokens in the plan's order before it, the sum over a token's
 // experts after it.
 //
-// The plan sorts assignments (token, slot) by local expert: a counting sort of one block, in whatever order within an
-// expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
+// The plan sorts assignments (token, slot) by local expert: a counting sort of one block, or, for many, of several that
+// count their parts first, in whatever order within an expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
 // experts, and fills the rest of the list, whose length the host knows only as a bound, with -1. An expert's tiles are as
 // equal as multiples of kGranularity allow: a small one costs nearly as much as a large one.
 #include <cuda_bf16.h>
@@ -33,22 +33,26 @@ struct PlanParams {
     int* rows;          // [assignments], written: sorted assignments, then -1
     int4* tiles;        // [max_tiles], written; kernels/mma.cu says what they hold
     int* places;        // [assignments], written: where each is among the sorted; or null
+    int* parts;         // [blocks, local experts] assignments to each expert in a block's part; null for one block
     int assignments, experts, local_experts;
     int max_tokens;     // batched format: an expert's tokens lie this far apart
     int tile, max_tiles;
+    int part;           // assignments of a block
+    int unused;
 };
 // src/cuda/permute.rs has the same.
-static_assert(sizeof(PlanParams) == 72, "");
+static_assert(sizeof(PlanParams) == 88, "");
 
-// Calls f(assignment, local expert) for the thread's assignments.
+// Calls f(assignment, local expert) for the thread's assignments of the block's part.
 template <class F>
 __device__ __forceinline__ void for_each(const PlanParams& p, F f) {
-    for (int base = threadIdx.x; base < p.assignments; base += kThreads * kAhead) {
+    const int first = blockIdx.x * p.part, end = min(first + p.part, p.assignments);
+    for (int base = first + threadIdx.x; base < end; base += kThreads * kAhead) {
         int id[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
             const int at = base + i * kThreads;
-            id[i] = at < p.assignments ? p.ids[at] : -1;
+            id[i] = at < end ? p.ids[at] : -1;
         }
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
@@ -172,7 +176,20 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
 
 }  // namespace
 
-// grid (1)
+// grid (parts): counts a part's assignments
+extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_count(const __grid_constant__ PlanParams p) {
+    __shared__ int counts[kMaxExperts];
+    const int t = threadIdx.x;
+    counts[t] = 0;
+    __syncthreads();
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
+    for_each(p, [&](int, int expert) { atomicAdd(&counts[expert], 1); });
+    __syncthreads();
+    if (t < p.local_experts) p.parts[blockIdx.x * p.local_experts + t] = counts[t];
+}
+
+// grid (parts): after moe_count where there are several
 extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_constant__ PlanParams p) {
     __shared__ int places[kMaxExperts];
     const int t = threadIdx.x;
@@ -180,21 +197,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     __syncthreads();
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    if (p.counts == nullptr) for_each(p, [&](int, int expert) { atomicAdd(&places[expert], 1); });
+    if (p.counts == nullptr && p.parts == nullptr) for_each(p, [&](int, int expert) { atomicAdd(&places[expert], 1); });
     __syncthreads();
-    int count = places[t];
+    // All assignments to the thread's expert, and those in the parts before the block's.
+    int count = places[t], earlier = 0;
+    if (p.parts != nullptr && t < p.local_experts) {
+        for (int b = 0; b < gridDim.x; b++) {
+            const int part = __ldcg(p.parts + b * p.local_experts + t);
+            if (b < blockIdx.x) earlier += part;
+            count += part;
+        }
+    }
     if (p.counts != nullptr) count = t < p.local_experts ? max(0, min(p.counts[t], p.max_tokens)) : 0;
     const int tiles = (count + p.tile - 1) / p.tile;
     int2 all;
     const int2 before = sum_before(make_int2(count, tiles), all);
     const int start = p.counts != nullptr ? t * p.max_tokens : before.x;
-    places[t] = before.x;
+    places[t] = before.x + earlier;
     const int even = (count + tiles - 1) / max(tiles, 1);
     const int each = min(p.tile, (even + kGranularity - 1) / kGranularity * kGranularity);
-    for (int i = 0; i < tiles; i++) {
-        p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
+    if (blockIdx.x == 0) {
+        for (int i = 0; i < tiles; i++) {
+            p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
+        }
+        for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
     }
-    for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
     __syncthreads();
     if (p.counts != nullptr) return;
     for_each(p, [&](int at, int expert) {
@@ -202,7 +229,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
         p.rows[place] = at;
         if (p.places != nullptr) p.places[at] = place;
     });
-    for (int i = all.x + t; i < p.assignments; i += kThreads) p.rows[i] = -1;
+    const int nth = blockIdx.x * kThreads + t;
+    for (int i = all.x + nth; i < p.assignments; i += gridDim.x * kThreads) p.rows[i] = -1;
 }
 
 // grid (rows * parts of a row / kLayOutWarps): tokens to planes in the plan's order, what is missing of the last plane as

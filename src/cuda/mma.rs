@@ -15,7 +15,7 @@ use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
 use super::pack::{BLOCK, Codes, Compute, Format, PackedExperts, StageScales};
-use super::permute::{Permute, Plan, Planes, ROW_BYTES, Source, Sum, TILE_BYTES, max_tiles};
+use super::permute::{Permute, Plan, Planes, ROW_BYTES, Source, Sum, TILE_BYTES, max_tiles, scratch_bytes};
 use super::projection::Matrix;
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
@@ -261,7 +261,8 @@ impl Mma {
         let (x, middle, tiles) = (at(parts.x), at(parts.middle), at(0));
         let places = if self.int8.is_some() { at(parts.places) } else { 0 };
         let max_tiles = max_tiles(call.assignments, c.local_experts, tile.tokens());
-        let plan = Plan { tiles, tile: tile.tokens(), max_tiles, places };
+        // The tokens' place is free until they are laid out.
+        let plan = Plan { tiles, tile: tile.tokens(), max_tiles, places, scratch: x };
         // SAFETY: the list of tiles has room for the smallest tile's, which are the most; the rest is the caller's promise.
         unsafe {
             self.permute.plan(stream, call.source, plan)?;
@@ -360,7 +361,8 @@ impl Parts {
         let places = part(if batched { 0 } else { int8(4)? })?;
         let units = part(int8(8)?)?;
         let results = if batched { 0 } else { assignments.checked_mul(c.hidden * 2)? };
-        let x = part(mma.x.bytes(assignments)?.max(results))?;
+        let scratch = if batched { 0 } else { scratch_bytes(assignments, c.local_experts) };
+        let x = part(mma.x.bytes(assignments)?.max(results).max(scratch))?;
         let floats = part(int8(4 * mma.middle_columns)?)?;
         let tops = part(int8(4 * mma.middle_columns / BLOCK)?)?;
         let middle = part(mma.middle.bytes(assignments)?)?;

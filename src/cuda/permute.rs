@@ -15,6 +15,8 @@ pub(super) const TILE_BYTES: usize = 16;
 /// Threads of the plan's only block, and of a block of the sum.
 const PLAN_THREADS: u32 = 1024;
 const COMBINE_THREADS: usize = 256;
+/// Assignments that a block sorts.
+const PART: usize = 2048;
 const ORDER_THREADS: usize = 256;
 const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for a grid of the GPU: split the batch");
 /// Warps of a block that lays tokens out, and the 16-byte chunks of a row that each copies.
@@ -31,12 +33,15 @@ struct PlanParams {
     rows: u64,
     tiles: u64,
     places: u64,
+    parts: u64,
     assignments: i32,
     experts: i32,
     local_experts: i32,
     max_tokens: i32,
     tile: i32,
     max_tiles: i32,
+    part: i32,
+    unused: i32,
 }
 
 /// As `LayOutParams` in kernels/permute.cu.
@@ -84,7 +89,7 @@ struct CombineParams {
 // The kernels assert the same.
 const _: () = assert!(
     size_of::<OrderParams>() == 32
-        && size_of::<PlanParams>() == 72
+        && size_of::<PlanParams>() == 88
         && size_of::<CombineParams>() == 56
         && size_of::<LayOutParams>() == 56
 );
@@ -115,6 +120,18 @@ pub(super) struct Plan {
     pub max_tiles: usize,
     /// `[assignments]`, written where there are ids: where each is among the sorted; or 0
     pub places: u64,
+    /// [`scratch_bytes`] of the assignments, that nothing else uses before the plan is made.
+    pub scratch: u64,
+}
+
+/// Blocks that share the sorting of so many assignments.
+fn parts(assignments: usize) -> usize {
+    assignments.div_ceil(PART).max(1)
+}
+
+/// Bytes that the plan of so many assignments to so many local experts works with.
+pub(super) fn scratch_bytes(assignments: usize, experts: usize) -> usize {
+    if parts(assignments) > 1 { parts(assignments) * experts * 4 } else { 0 }
 }
 
 /// Bytes of a token's row in a plane, which holds 64 columns, or 128 of int8.
@@ -137,6 +154,7 @@ impl Planes {
 
 /// The kernels.
 pub(super) struct Permute {
+    count: Kernel,
     plan: Kernel,
     lay_out: Kernel,
     order: Kernel,
@@ -167,6 +185,7 @@ impl Permute {
         let combine = if config.input == InputType::F16 { "moe_combine_f16" } else { "moe_combine_bf16" };
         let kernel = |entry| gpu.kernel("permute", entry);
         Ok(Self {
+            count: kernel("moe_count")?,
             plan: kernel("moe_plan")?,
             lay_out: kernel("moe_lay_out")?,
             order: kernel("moe_order")?,
@@ -189,16 +208,26 @@ impl Permute {
             local_experts: c.local_experts as i32,
             tile: plan.tile as i32,
             max_tiles: plan.max_tiles as i32,
+            part: PART as i32,
             ..bytemuck::Zeroable::zeroed()
         };
         let params = match source {
             Source::Ids { ids, map, rows, assignments } => {
-                PlanParams { ids, map, rows, assignments: assignments as i32, ..common }
+                let several = parts(assignments) > 1;
+                let scratch = if several { plan.scratch } else { 0 };
+                PlanParams { ids, map, rows, parts: scratch, assignments: assignments as i32, ..common }
             }
             Source::Counts { counts, max } => PlanParams { counts, max_tokens: max as i32, ..common },
         };
-        // SAFETY: the kernel's only parameter; the rest is the caller's promise.
-        unsafe { Launch::new(1, PLAN_THREADS).overlap(true).run(stream, &self.plan, &mut [Arg::new(&params)]) }
+        let blocks = parts(params.assignments as usize);
+        let launch = Launch::new(blocks as u32, PLAN_THREADS).overlap(true);
+        // SAFETY: the parameter of both kernels; the rest is the caller's promise.
+        unsafe {
+            if blocks > 1 {
+                launch.run(stream, &self.count, &mut [Arg::new(&params)])?;
+            }
+            launch.run(stream, &self.plan, &mut [Arg::new(&params)])
+        }
     }
 
     /// Lays out the tokens `x` (`[tokens, hidden]`, 16-bit) in the plan's order, in planes of `rows` rows.

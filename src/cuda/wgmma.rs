@@ -12,7 +12,7 @@ use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::pack::PackedExperts;
-use super::permute::{Permute, Plan, Source, Sum, TILE_BYTES, max_tiles};
+use super::permute::{Permute, Plan, Source, Sum, TILE_BYTES, max_tiles, scratch_bytes};
 use super::projection::Matrix;
 use super::quantize::{Ordered, Quantizer};
 use super::{CudaError, Stream, quantize};
@@ -258,7 +258,7 @@ impl Wgmma {
         };
         // SAFETY: the caller's promise; the parts have room for all rows.
         unsafe {
-            self.permute.plan(stream, source, Plan { tiles: list, tile, max_tiles: tiles, places: 0 })?;
+            self.permute.plan(stream, source, Plan { tiles: list, tile, max_tiles: tiles, places: 0, scratch: x })?;
             match &first.quantizer {
                 None => self.permute.order(stream, pass.hidden, x, c.hidden, first.pitch, pass.tokens)?,
                 Some(q) => {
@@ -340,7 +340,7 @@ impl Parts {
         let results = assignments.checked_mul(c.hidden * 2)?;
         let rows = aligned(max_tiles(assignments, c.local_experts, TILES[0]) * TILE_BYTES);
         let x = aligned(rows + assignments * 4);
-        let after_x = aligned(x + first.bytes(tokens));
+        let after_x = aligned(x + first.bytes(tokens).max(scratch_bytes(assignments, c.local_experts)));
         Some(if quantised {
             let after_middle = aligned(after_x + assignments.checked_mul(wgmma.middle * 2)?);
             let second = after_middle.max(aligned(x + results));
