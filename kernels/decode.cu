@@ -91,15 +91,16 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
     };
     Unit next = begins;
     int n = 0, chunk = first_chunk(0);
-    const char* weights = nullptr;
+    bool fresh = true;  // whether this warp has not asked for a chunk of it yet
     auto fetch_next = [&](int to) {
-        while (chunk >= chunks && n < units) n++, next.slab += step, chunk = first_chunk(n), weights = nullptr;
+        while (chunk >= chunks && n < units) n++, next.slab += step, chunk = first_chunk(n), fresh = true;
         if (n < units) {
-            if (weights == nullptr) {
+            if (fresh) {
                 if (!kFar && n == p.release) release_next_grid();
                 next.settle(slabs);
-                weights = slab_of(p.first, uniform(jobs.expert[next.job]), next.slab);
+                fresh = false;
             }
+            const char* weights = slab_of(p.first, uniform(jobs.expert[next.job]), next.slab);
             const float *factors = nullptr, *bias = nullptr;
             if (chunk == 0) {
                 const long long at = ((long long)uniform(jobs.expert[next.job]) * slabs + next.slab) * 16;

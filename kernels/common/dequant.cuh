@@ -97,7 +97,7 @@ struct Dequant {
         } else if constexpr (kScale == Scale::kE8m0) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                // The exponent byte into both halves; the row's largest is 127, which stands for 1.
+                // The exponent byte into both halves; the row's largest is 128, which stands for 2.
                 const uint32_t e = __byte_perm(i == 0 ? scales.x : scales.y, 0, 0x4040 + 0x0101 * quarter);
                 if constexpr (C::kBf16) {
                     factor[i] = (e + (kE4m3 ? 0x00780078u : 0x007e007eu)) << 7;

@@ -57,7 +57,7 @@ fn block(format: Format, rows: &Rows<'_>, start: usize, out: &mut [u8]) {
                     let mut word = 0;
                     for i in 0..4 {
                         for half in 0..2 {
-                            word |= nibble(format.codes, i, code(i, half)) << (16 * half);
+                            word |= nibble(format.codes, i, code(i, half)).rotate_left(16 * half as u32);
                         }
                     }
                     out[at(0, 4 * step)..][..4].copy_from_slice(&word.to_le_bytes());
@@ -67,7 +67,7 @@ fn block(format: Format, rows: &Rows<'_>, start: usize, out: &mut [u8]) {
     }
 }
 
-/// A 4-bit code where register `i` looks for it in its 16 bits.
+/// A 4-bit code where register `i` looks for it: its 16 bits, and some of the other half's above them.
 fn nibble(codes: Codes, i: usize, code: u16) -> u32 {
     let code = u32::from(code);
     if codes == Codes::U4 {
@@ -76,9 +76,9 @@ fn nibble(codes: Codes, i: usize, code: u16) -> u32 {
     let (sign, rest) = (code >> 3, code & 7);
     match i {
         0 => sign << 15 | rest << 6,
-        1 => sign << 12 | rest << 3,
-        2 => sign << 9 | rest,
-        _ => sign << 14 | (rest >> 2) << 13 | (rest & 3) << 10,
+        1 => sign << 21 | rest << 12,
+        2 => sign << 11 | rest << 2,
+        _ => sign << 17 | (rest >> 1) << 9 | rest & 1,
     }
 }
 
@@ -116,7 +116,8 @@ fn scaled_by_zero(m: &WeightMatrix, row: usize, column: usize) -> bool {
     }
 }
 
-/// The largest e8m0 code of a row. Codes are stored so that it is 127, which stands for 1; the row's factor has the rest.
+/// The largest e8m0 code of a row. Codes are stored so that it is 128, which stands for 2, and none is 0; the row's factor
+/// has the rest.
 pub(super) fn top(m: &WeightMatrix, row: usize) -> u8 {
     let Scales::E8m0(codes) = &m.scales else { return 0 };
     let groups = m.cols / 32;
@@ -161,8 +162,8 @@ fn put(
         }
         (Scales::E8m0(codes), _) => {
             // What lies more than 2^127 below the row's largest counts as that.
-            let code = i32::from(codes[row * (m.cols / 32) + column / 32]) - i32::from(top) + 127;
-            word[4 * half + i] = code.max(0) as u8;
+            let code = i32::from(codes[row * (m.cols / 32) + column / 32]) - i32::from(top) + 128;
+            word[4 * half + i] = code.max(1) as u8;
         }
         (Scales::Nvfp4 { codes, .. }, _) => word[8 * half + i] = codes[row * (m.cols / 16) + column / 16],
         (Scales::Group { size, ty, values, zero_points, .. }, StageScales::Half(_, zero)) => {

@@ -170,7 +170,7 @@ fn factor(m: &WeightMatrix, row: usize, format: Format) -> f32 {
         Scales::PerTensor(s) => *s,
         Scales::PerRow(s) => s[row],
         Scales::Nvfp4 { global, .. } => *global,
-        Scales::E8m0(_) => number::E8M0[usize::from(codes::top(m, row))],
+        Scales::E8m0(_) => number::E8M0[usize::from(codes::top(m, row))] * 0.5,
         _ => 1.0,
     };
     scale * format.lift()

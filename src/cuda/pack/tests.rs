@@ -77,9 +77,9 @@ fn unpack(p: &PackedProjection, format: Format, slab: usize, row: usize, column:
             let v = word(at(0, 4 * step));
             let v = match register {
                 0 => v & 0x81c0_81c0,
-                1 => v << 3 & 0x81c0_81c0,
-                2 => v << 6 & 0x81c0_81c0,
-                _ => v << 1 & 0x8000_8000 | v >> 5 & 0x0100_0100 | v >> 4 & 0x00c0_00c0,
+                1 => v.rotate_right(6) & 0x81c0_81c0,
+                2 => v << 4 & 0x81c0_81c0,
+                _ => v.rotate_right(2) & 0x8180_8180 | v << 6 & 0x0040_0040,
             };
             bf16(bits16(v)) * 2f64.powi(126)
         }
