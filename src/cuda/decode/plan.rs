@@ -146,8 +146,6 @@ impl Sizes {
         let groups = match each {
             _ if whole_blocks => 1,
             _ if long => 4,
-            // The more warps to a unit, the less is left over at the end; if all of them have as many chunks.
-            _ if many && place == Place::Near && chunks.is_multiple_of(8) => 2,
             _ if place != Place::One => 8,
             0..=2 => 2,
             3..=8 if self.format.codes.words() == 1 => 8,
@@ -171,12 +169,14 @@ impl Sizes {
         };
         let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
         let deep = if half && place == Place::One { 3 } else { 2 };
-        // Twice the warps pay for 16 bits where a lone token's units are long and so few that none is left over.
+        // Twice the warps pay for some formats where a lone token's units are long, and so few or so many that none is left
+        // over.
         let first_try = match place {
-            Place::One if chunks >= 16 && each <= 2 && half => (wish, 2, 2),
-            Place::One if chunks >= 16 && each > 16 => (wish, 2, 1),
-            Place::Near if whole_blocks && room(2) => (wish, 1, 2),
-            Place::Near if whole_blocks || long => (wish, 2, 1),
+            Place::One if chunks >= 16 && (each > 16 && self.format.codes.words() != 2 || each <= 2 && half) => {
+                (wish, 2, 2)
+            }
+            Place::Near if whole_blocks => (wish, 1, if room(2) { 2 } else { 1 }),
+            Place::Near if long => (wish, 1, 1),
             _ => (wish, deep, 1),
         };
         let rest = [(wish, deep, 1), (wish, 2, 1), (wish, 1, 1), (wish / 2, 2, 1), (wish / 2, 1, 1), (4, 1, 1)];
@@ -185,16 +185,10 @@ impl Sizes {
 
     fn second(&self, gpu: Limits, place: Place, tokens: usize) -> Option<Shape> {
         let chunks = self.topk * self.second_blocks.div_ceil(2 * second_stages(self.format));
-        // Few slabs: a block to each; else two to a block, which read the tokens' rows once; four of a lone token's, where
-        // they are short and two would not come to the multiprocessors at once.
+        // Few slabs: a block to each; else two to a block, which read the tokens' rows once.
         let half = self.format.codes == Codes::Half;
         let few = if half && place != Place::One { 2 * gpu.multiprocessors } else { gpu.multiprocessors };
-        let short = place == Place::One && chunks <= WARPS && self.format.codes.words() > 1;
-        let groups = match self.second_slabs {
-            n if n <= few => 1,
-            n if n > 2 * gpu.multiprocessors && short => 4,
-            _ => 2,
-        };
+        let groups = if self.second_slabs <= few { 1 } else { 2 };
         let long = place == Place::One && chunks * groups > 8 * WARPS;
         let deep = if long || half && place != Place::One && groups == 1 { 3 } else { 2 };
         [(WARPS, deep), (WARPS, 2), (WARPS, 1), (WARPS / 2, 2), (WARPS / 2, 1), (4, 1)].into_iter().find_map(

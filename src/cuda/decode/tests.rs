@@ -66,19 +66,6 @@ fn few_units_get_many_warps() {
     assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (2, 132));
     // As many slabs of the output as multiprocessors: a block to each.
     assert_eq!((shape(QWEN3).second.groups(), shape(DEEPSEEK_TP8).second.groups()), (1, 2));
-    let eight_bits = Plan::new(sizes(Codes::E4m3, StageScales::None, DEEPSEEK_TP8), H200, 1).unwrap();
-    assert_eq!(eight_bits.second.groups(), 4, "448 slabs in one go");
-}
-
-#[test]
-fn many_long_units_get_deep_rings_and_many_warps() {
-    let shape = |(codes, scales), tokens| {
-        let plan = Plan::new(sizes(codes, scales, MIXTRAL), H200, tokens).unwrap();
-        (plan.first_blocks, plan.first.groups(), plan.first.depth)
-    };
-    let (fp8, half) = ((Codes::E4m3, StageScales::F32(1)), (Codes::Half, StageScales::None));
-    assert_eq!((shape(INT4, 1), shape(fp8, 1), shape(half, 1)), ((132, 4, 2), (132, 4, 2), (132, 4, 2)));
-    assert_eq!((shape(INT4, 4), shape(fp8, 4), shape(half, 4)), ((132, 2, 2), (132, 4, 2), (132, 1, 2)));
 }
 
 #[test]
