@@ -15,7 +15,7 @@ use super::pack::PackedExperts;
 use super::permute::{Permute, Plan, Source, Sum, TILE_BYTES, max_tiles, scratch_bytes};
 use super::projection::Matrix;
 use super::quantize::{Ordered, Quantizer};
-use super::{CudaError, Stream, quantize};
+use super::{CudaError, FATBINS, Stream, quantize};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::scheme::QuantKey;
 use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS, TILES};
@@ -24,6 +24,9 @@ use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS, TILES};
 const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128"];
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
+
+/// Bytes of a row at most: what the kernels reckon in 32 bits, in 16 bytes or sums of int8 products, stays below.
+const MAX_PITCH: usize = 1 << 17;
 
 /// As `GemmParams` in kernels/wgmma/task.cuh.
 #[repr(C)]
@@ -116,11 +119,15 @@ impl Wgmma {
         let Some(kind) = Kind::of(format, activation.is_some()) else { return Ok(None) };
         let stored = activation.is_some_and(quantize::stored);
         // A stored scale is the input's after the routing weight, which here multiplies sums.
-        let scales = !stored || (packed.input_scales.iter().all(Option::is_some) && !config.weight_on_input);
-        if info.capability != 90 || config.format != ActivationFormat::Standard || !scales {
+        let usable = |s: &Option<f32>| s.is_some_and(|s| s.is_normal() && s > 0.0);
+        let scales = !stored || (packed.input_scales.iter().all(usable) && !config.weight_on_input);
+        let pitch = |columns: usize| (columns * kind.bytes()).next_multiple_of(STAGE_BYTES);
+        let short = pitch(packed.hidden.max(packed.middle)) <= MAX_PITCH;
+        let fatbin = kind.fatbins()[format.compute as usize];
+        let built = FATBINS.iter().any(|f| f.name == fatbin && f.runs_on(info.capability));
+        if info.capability != 90 || config.format != ActivationFormat::Standard || !scales || !short || !built {
             return Ok(None);
         }
-        let fatbin = kind.fatbins()[format.compute as usize];
         let mut kernels = [const { None }; TILES.len()];
         for ((place, tile), entry) in kernels.iter_mut().zip(TILES).zip(ENTRIES) {
             if let Some(ring) = Ring::new(kind, tile, info.shared_per_block) {
@@ -128,6 +135,9 @@ impl Wgmma {
                 kernel.allow_shared(ring.shared)?;
                 *place = Some((kernel, ring));
             }
+        }
+        if kernels.iter().all(Option::is_none) {
+            return Ok(None);
         }
         let stored_scales = match packed.input_scales {
             [Some(first), Some(second)] if stored => Some(DeviceBuffer::of(stream, &[first, second])?),
@@ -141,7 +151,7 @@ impl Wgmma {
                     (Some(buffer), Some(scale)) => (scale, buffer.address() + 4 * n as u64),
                     _ => (1.0, 0),
                 },
-                pitch: (columns * kind.bytes()).next_multiple_of(STAGE_BYTES),
+                pitch: pitch(columns),
                 quantizer,
             })
         };
