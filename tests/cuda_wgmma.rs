@@ -9,7 +9,7 @@ use moe_oracle::config::*;
 use moe_oracle::cuda::{CudaKernel, Families, Stream};
 use moe_oracle::oracle::{DynOracle, ExpertsKind, ORACLES};
 use moe_oracle::platform::Platform;
-use moe_oracle::scheme::QuantKey;
+use moe_oracle::scheme::{QuantKey, Scheme};
 
 const KIND: ExpertsKind = ExpertsKind::Wgmma;
 const TILES: [usize; 2] = [64, 128];
@@ -46,9 +46,13 @@ fn wgmma(stream: &Stream, layer: &Layer, wgmma_tile: Option<usize>, map: Option<
     kernel
 }
 
-/// What these kernels quantise activations to: experts with stored scales of their own keep them exact.
+/// What these kernels quantise activations to. Where experts have stored scales of their own, `cuda_mma` serves the layer,
+/// which multiplies int8 as keyed, too, and keeps activations exact for fp8.
 fn key(layer: &Layer) -> Option<QuantKey> {
     let key = QuantKey::from_bits(layer.oracle.activation)?;
+    if layer.oracle.scheme == Scheme::Int8 {
+        return Some(key);
+    }
     let scales = layer.weights.experts.iter().map(|e| (e.input_scale, e.down_input_scale));
     let one = scales.clone().all(|s| Some(s) == scales.clone().next());
     (key.scale.dynamic || (one && !layer.config.weight_on_input)).then_some(key)
@@ -66,9 +70,11 @@ fn share_scales(layer: &mut Layer) {
 fn check(stream: &Stream, kernel: &CudaKernel, layer: &Layer, rng: &mut Rng, tokens: usize, skew: Skew) -> Vec<u16> {
     let key = key(layer);
     // Every expert's result is rounded before the sum. Where activations are quantised, those between the projections are
-    // rounded to bf16 before, which takes one in 64 to the other side of a boundary of e4m3, a step of an eighth away: one
-    // percent in the mean, twice that where rows are short. Exact activations would be 4 percent off.
-    let bound = 1.5 * packed::bound(layer.config.input) + if key.is_some() { 2e-2 } else { 0.0 };
+    // rounded to bf16 before, which takes one in 64 to the other side of a boundary of e4m3, a step of an eighth away. In
+    // float64 that costs 1.2 percent of rows of 192 and more (1.5 at most in a dozen layers), and up to 3.4 of rows of 32,
+    // where few values make the whole. Exact activations would be 4 percent off.
+    let between = if layer.config.intermediate < 64 { 4e-2 } else { 2e-2 };
+    let bound = 1.5 * packed::bound(layer.config.input) + if key.is_some() { between } else { 0.0 };
     packed::check_keyed(stream, kernel, layer, key, rng, tokens, skew, bound)
 }
 
