@@ -6,7 +6,7 @@
 #   FOLDER/gpu.sh sanitize                               there: memcheck, racecheck and initcheck over the shorter ones
 #   FOLDER/gpu.sh bench OUT [OPTIONS OF bench]           there: every preset of the anchors, as text and JSON in OUT
 set -euo pipefail
-tests=(cuda_runtime cuda_routing cuda_quantize cuda_emulation cuda_decode cuda_mma cuda_mma_int8)
+tests=(cuda_runtime cuda_routing cuda_quantize cuda_emulation cuda_decode cuda_mma cuda_mma_int8 cuda_wgmma)
 presets=(qwen3-30b-a3b deepseek-v3-tp8 gpt-oss-120b mixtral-8x7b)
 
 pack() {
@@ -42,9 +42,9 @@ case "${1:-}" in
   sanitize)
     there
     for tool in memcheck racecheck initcheck; do
-      for name in cuda_quantize cuda_decode cuda_mma cuda_mma_int8; do
+      for name in cuda_quantize cuda_decode cuda_mma cuda_mma_int8 cuda_wgmma; do
         # It takes copies whose arrival is asynchronous for unordered (RESULTS.md, "Correctness there").
-        [ "$tool $name" != "racecheck cuda_mma" ] || continue
+        case "$tool $name" in "racecheck cuda_mma" | "racecheck cuda_wgmma") continue ;; esac
         echo "== $tool $name"
         compute-sanitizer --tool "$tool" --error-exitcode 1 "./test_$name" \
           a_token_may few_tokens the_batched expert_parallel codes_and_scales rows_are

@@ -2,9 +2,10 @@
 // experts after it.
 //
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, or, for many, of several that
-// count their parts first, in whatever order within an expert, which no result depends on. Then it lists tiles of at most `tile` assignments of one expert, in the order of
-// experts, and fills the rest of the list, whose length the host knows only as a bound, with -1. An expert's tiles are as
-// equal as multiples of kGranularity allow: a small one costs nearly as much as a large one.
+// count their parts first, in whatever order within an expert, which no result depends on. Then it lists tiles of at most
+// `tile` assignments of one expert, in the order of experts, and fills the rest of the list, whose length the host knows
+// only as a bound, with -1. An expert's tiles are as equal as multiples of kGranularity allow: a small one costs nearly as
+// much as a large one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -274,7 +275,9 @@ extern "C" __global__ void __launch_bounds__(kOrderThreads) moe_order(const __gr
     const int first = static_cast<int>(at - row * p.groups) * 4;
     uint4 v[4], out[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = first + i < p.eights ? __ldcg(p.x + row * p.eights + first + i) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 4; i++) {
+        v[i] = first + i < p.eights ? __ldcg(p.x + row * p.eights + first + i) : make_uint4(0, 0, 0, 0);
+    }
     moe::reorder(v, out);
 #pragma unroll
     for (int i = 0; i < 4; i++) p.out[4 * at + i] = out[i];

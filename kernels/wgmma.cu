@@ -70,9 +70,10 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
 }  // namespace moe
 
 // grid (at most one block to a multiprocessor)
-#define MOE_ENTRY(n)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(moe::kThreads, 1) moe_wgmma_##n(const __grid_constant__ moe::GemmParams p) { \
-        moe::gemm<n>(p);                                                                                                 \
+#define MOE_ENTRY(n)                                                   \
+    extern "C" __global__ void __launch_bounds__(moe::kThreads, 1)     \
+        moe_wgmma_##n(const __grid_constant__ moe::GemmParams p) {     \
+        moe::gemm<n>(p);                                               \
     }
 MOE_ENTRY(64)
 MOE_ENTRY(128)

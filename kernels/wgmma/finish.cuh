@@ -22,7 +22,8 @@ __device__ __forceinline__ void warpgroup_barrier(int warpgroup) { group_barrier
 
 // Stores 8x8 elements with rows and columns exchanged; lanes 0 to 7 (and 8 to 15 of a second matrix) give the rows.
 __device__ __forceinline__ void store_turned(uint32_t at, uint32_t first, uint32_t second) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(first), "r"(second) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(first), "r"(second)
+                 : "memory");
 }
 
 template <int kN>
@@ -140,7 +141,8 @@ struct Finish {
 
     // Half of a chunk's sums, before the activation, as floats: [token][16 of each warp], of which eight gates come before
     // their ups.
-    __device__ __forceinline__ void stage_raw(const Sum (&acc)[L::kWidth / 2], const Task& task, const Columns& columns, int half) const {
+    __device__ __forceinline__ void stage_raw(const Sum (&acc)[L::kWidth / 2], const Task& task, const Columns& columns,
+                                              int half) const {
         const Rows rows = rows_of(task);
         const uint32_t base = memory.staged(warpgroup) + 64 * warp + lane / 4 * 4;
 #pragma unroll
@@ -151,8 +153,10 @@ struct Finish {
                 const int token = 8 * j + 2 * (lane & 3) + i;
                 const float f = fact(columns.first + token).factor;
                 const uint32_t at = base + (token - half * kRawTokens) * 256;
-                store_4(at, __float_as_uint(fmaf(static_cast<float>(acc[4 * j + i]) * rows.low, f, rows.low_bias)));
-                store_4(at + 32, __float_as_uint(fmaf(static_cast<float>(acc[4 * j + 2 + i]) * rows.high, f, rows.high_bias)));
+                const float low = fmaf(static_cast<float>(acc[4 * j + i]) * rows.low, f, rows.low_bias);
+                store_4(at, __float_as_uint(low));
+                const float high = fmaf(static_cast<float>(acc[4 * j + 2 + i]) * rows.high, f, rows.high_bias);
+                store_4(at + 32, __float_as_uint(high));
             }
         }
     }

@@ -81,7 +81,8 @@ struct Multiply {
 
     // Adds a stage's sums, of one chunk of columns, to all stages' in float32.
     template <int kW, int kLength>
-    __device__ __forceinline__ void promote(float (&all)[L::kWidth / 2], const Sum (&part)[kLength], int at, int stage, int chunk) const {
+    __device__ __forceinline__ void promote(float (&all)[L::kWidth / 2], const Sum (&part)[kLength], int at, int stage,
+                                            int chunk) const {
         if constexpr (kBlockScales) {
             const int blocks = min(kBlocks, p.weights.blocks - kBlocks * stage);
             const uint32_t rows = memory.weights(at) + slab * kSlabStage + blocks * kCodeBytes + lane / 4 * 8;

@@ -48,8 +48,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& m
                 if (lane == 0) barrier_expect(memory.full(place.at), slabs * bytes);
                 __syncwarp();
                 if (lane < slabs) {
-                    copy_bulk(memory.weights(place.at) + lane * kSlabStage, slab + static_cast<long long>(stage) * kSlabStage,
-                              bytes, memory.full(place.at));
+                    const char* codes = slab + static_cast<long long>(stage) * kSlabStage;
+                    copy_bulk(memory.weights(place.at) + lane * kSlabStage, codes, bytes, memory.full(place.at));
                 }
             }
             const uint32_t at = memory.tokens(place.at) + to;
@@ -63,7 +63,8 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& m
 #pragma unroll
                 for (int i = 0; i < kScalesEach; i++) {
                     const int row = thread + kWarpgroup * i;
-                    if (row < task.count) copy_4(memory.scales(place.at) + 4 * row, p.scales + scales[i] + stage * p.scale_step);
+                    const float* scale = p.scales + scales[i] + stage * p.scale_step;
+                    if (row < task.count) copy_4(memory.scales(place.at) + 4 * row, scale);
                 }
             }
             arrive_after_copies(memory.full(place.at));

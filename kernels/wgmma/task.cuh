@@ -31,7 +31,8 @@ static_assert(sizeof(GemmParams) == 152, "");
 
 // A warpgroup that fills the ring and three that multiply, each four slabs of 16 rows: while one reads its weights, adds
 // sums up or sends results out, the others keep the tensor cores busy.
-constexpr int kWarpgroup = 128, kMathGroups = 3, kMathThreads = kMathGroups * kWarpgroup, kThreads = kWarpgroup + kMathThreads;
+constexpr int kWarpgroup = 128, kMathGroups = 3, kMathThreads = kMathGroups * kWarpgroup;
+constexpr int kThreads = kWarpgroup + kMathThreads;
 constexpr int kSlabs = 4 * kMathGroups;
 constexpr int kMaxDepth = 16;
 
@@ -58,7 +59,9 @@ struct Layout {
     __device__ __forceinline__ uint32_t after() const { return base() + depth * (kTokens + kWeights + kScales); }
     __device__ __forceinline__ uint32_t staged(int warpgroup) const { return after() + warpgroup * kStaged; }
     __device__ __forceinline__ uint32_t fact(int column) const { return after() + kMathGroups * kStaged + 8 * column; }
-    __device__ __forceinline__ uint32_t full(int place) const { return after() + kMathGroups * kStaged + kFacts + 8 * place; }
+    __device__ __forceinline__ uint32_t full(int place) const {
+        return after() + kMathGroups * kStaged + kFacts + 8 * place;
+    }
     __device__ __forceinline__ uint32_t free(int place) const { return full(kMaxDepth + place); }
 };
 
