@@ -45,6 +45,44 @@ impl Tensors<'_> {
         }
         aligned([self.hidden.address(), self.output.address(), self.workspace.address()])
     }
+
+    /// A checked call in parts of at most `most` tokens, one after the other in the same workspace.
+    pub(super) fn passes(
+        &self,
+        config: &MoeConfig,
+        tokens: usize,
+        most: usize,
+        map: Option<DevicePtr<'_, i32>>,
+    ) -> impl Iterator<Item = Pass> {
+        let (row, slots) = (config.hidden * config.input.bytes(), config.topk * 4);
+        let (all, map) = (*self, map.map_or(0, |m| m.address()));
+        (0..tokens).step_by(most).map(move |start| {
+            let at = |base: u64, each: usize| base + (start * each) as u64;
+            Pass {
+                tokens: (tokens - start).min(most),
+                hidden: at(all.hidden.address(), row),
+                ids: at(all.topk_ids.address(), slots),
+                weights: at(all.topk_weights.address(), slots),
+                map,
+                output: at(all.output.address(), row),
+                workspace: all.workspace.address(),
+            }
+        })
+    }
+}
+
+/// Device addresses of a part of a call.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Pass {
+    pub tokens: usize,
+    /// As in [`Tensors`], from the part's first token on.
+    pub hidden: u64,
+    pub ids: u64,
+    pub weights: u64,
+    /// `[experts]` global to local, or 0
+    pub map: u64,
+    pub output: u64,
+    pub workspace: u64,
 }
 
 /// The memory of one call in the batched format: E local experts with `max` slots each, of which the first `counts[e]`
@@ -76,5 +114,39 @@ impl BatchedTensors<'_> {
             return Err(CudaError::Argument("the workspace is too small: ask workspace_bytes for the most slots"));
         }
         aligned([self.hidden.address(), self.output.address(), self.workspace.address()])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_cover_a_call_one_after_the_other() {
+        let config = MoeConfig::new(8, 2, 64, 32);
+        // SAFETY: nothing reads these addresses.
+        let bytes = |address| unsafe { DevicePtr::<u8>::new(address, 1 << 20) };
+        let t = Tensors {
+            hidden: bytes(0x10000),
+            // SAFETY: as above.
+            topk_ids: unsafe { DevicePtr::new(0x20000, 100) },
+            // SAFETY: as above.
+            topk_weights: unsafe { DevicePtr::new(0x30000, 100) },
+            output: bytes(0x40000),
+            workspace: bytes(0x50000),
+        };
+        let pass = |tokens: usize, first: u64| Pass {
+            tokens,
+            hidden: 0x10000 + 128 * first,
+            ids: 0x20000 + 8 * first,
+            weights: 0x30000 + 8 * first,
+            map: 0,
+            output: 0x40000 + 128 * first,
+            workspace: 0x50000,
+        };
+        let of = |tokens, most| t.passes(&config, tokens, most, None).collect::<Vec<_>>();
+        assert_eq!(of(10, 4), [pass(4, 0), pass(4, 4), pass(2, 8)]);
+        assert_eq!(of(4, 4), [pass(4, 0)]);
+        assert_eq!(of(0, 4), []);
     }
 }

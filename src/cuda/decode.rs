@@ -193,21 +193,20 @@ impl Decode {
     ) -> Result<(), CudaError> {
         let c = &self.config;
         t.check(c, tokens, self.workspace_bytes(tokens))?;
-        for start in (0..tokens).step_by(self.group()) {
-            let n = (tokens - start).min(self.group());
-            let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
+        for pass in t.passes(c, tokens, self.group(), map) {
+            let n = pass.tokens;
             // With batch invariance, the first kernel's shape is that of the most tokens whatever their number, and each
             // token is alone in the second.
             let alone = c.batch_invariant;
             let plan = &self.plans[if alone { self.group() } else { n } - 1];
             let second = if alone { &self.plans[0].second } else { &plan.second };
             let params = Params {
-                hidden: at(t.hidden.address(), c.hidden, 2),
-                ids: at(t.topk_ids.address(), c.topk, 4),
-                weights: at(t.topk_weights.address(), c.topk, 4),
-                map: map.map_or(0, |m| m.address()),
-                middle: t.workspace.address(),
-                output: at(t.output.address(), c.hidden, 2),
+                hidden: pass.hidden,
+                ids: pass.ids,
+                weights: pass.weights,
+                map: pass.map,
+                middle: pass.workspace,
+                output: pass.output,
                 tokens: n as i32,
                 ..self.params(plan, second)
             };

@@ -10,7 +10,7 @@ mod shape;
 pub use shape::Tile;
 
 use super::activation::Activation;
-use super::call::{BatchedTensors, Tensors};
+use super::call::{BatchedTensors, Pass, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
@@ -195,32 +195,28 @@ impl Mma {
         let c = &self.config;
         let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
         t.check(c, tokens, parts.all)?;
-        for start in (0..tokens).step_by(self.group()) {
-            let n = (tokens - start).min(self.group());
-            let assignments = n * c.topk;
-            let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
-            let (ids, weights) = (at(t.topk_ids.address(), c.topk, 4), at(t.topk_weights.address(), c.topk, 4));
-            let workspace = t.workspace.address();
-            let map = map.map_or(0, |m| m.address());
+        for pass in t.passes(c, tokens, self.group(), map) {
+            let Pass { tokens, ids, weights, map, workspace, .. } = pass;
+            let assignments = tokens * c.topk;
             let rows = workspace + parts.rows as u64;
             let call = Call {
                 source: Source::Ids { ids, map, rows, assignments },
-                hidden: at(t.hidden.address(), c.hidden, 2),
+                hidden: pass.hidden,
                 rows,
                 routing: if c.weight_on_input { weights } else { 0 },
                 workspace,
                 // When results are written, the tokens have been read.
                 out: workspace + parts.x as u64,
                 last: SECOND,
-                tokens: n,
+                tokens,
                 assignments,
             };
-            let sum = Sum { results: call.out, ids, weights, map, output: at(t.output.address(), c.hidden, 2) };
+            let sum = Sum { results: call.out, ids, weights, map, output: pass.output };
             // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
             // packed experts stay (`new`); the rest is the caller's promise.
             unsafe {
                 self.gemms(stream, call, &parts, c.experts)?;
-                self.permute.combine(stream, sum, n)?;
+                self.permute.combine(stream, sum, tokens)?;
             }
         }
         Ok(())

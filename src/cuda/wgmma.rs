@@ -7,7 +7,7 @@
 mod plan;
 
 use super::activation::Activation;
-use super::call::Tensors;
+use super::call::{Pass, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
@@ -208,18 +208,7 @@ impl Wgmma {
         let c = &self.config;
         let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
         t.check(c, tokens, parts.all)?;
-        for start in (0..tokens).step_by(self.group()) {
-            let n = (tokens - start).min(self.group());
-            let at = |base: u64, row: usize, element: usize| base + (start * row * element) as u64;
-            let pass = Pass {
-                tokens: n,
-                hidden: at(t.hidden.address(), c.hidden, 2),
-                ids: at(t.topk_ids.address(), c.topk, 4),
-                weights: at(t.topk_weights.address(), c.topk, 4),
-                map: map.map_or(0, |m| m.address()),
-                output: at(t.output.address(), c.hidden, 2),
-                workspace: t.workspace.address(),
-            };
+        for pass in t.passes(c, tokens, self.group(), map) {
             // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
             // packed experts stay (`new`); the rest is the caller's promise.
             unsafe { self.pass(stream, &pass, &parts)? };
@@ -313,17 +302,6 @@ impl Wgmma {
 }
 
 const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the GPU's 32-bit counts: split the batch");
-
-/// Addresses of a part of a call.
-struct Pass {
-    tokens: usize,
-    hidden: u64,
-    ids: u64,
-    weights: u64,
-    map: u64,
-    output: u64,
-    workspace: u64,
-}
 
 /// Where the parts of a workspace lie, in bytes; the list of tiles comes first.
 struct Parts {
