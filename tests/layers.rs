@@ -5,10 +5,13 @@ mod common;
 
 use common::reference::Reference;
 use common::*;
+use moe_oracle::checkpoint::{Checkpoint, SharedExpert};
 use moe_oracle::config::*;
 use moe_oracle::cpu::{SingleThread, ThreadPool};
 use moe_oracle::kernel::{Batched, ForwardError, Rows, RowsMut, Standard, routing};
-use moe_oracle::oracle::{DynOracle, Numerics, ORACLES};
+use moe_oracle::layer::{Layer as CheckpointLayer, LayerError, LayerOptions};
+use moe_oracle::oracle::{DynOracle, MoeBackend, Numerics, ORACLES, SelectInputs};
+use moe_oracle::platform::Platform;
 use proptest::prelude::{any, prop};
 use proptest::test_runner::{Config, TestRunner};
 
@@ -309,4 +312,36 @@ fn random_layers_are_near_float64() {
         Ok(())
     });
     result.unwrap();
+}
+
+#[test]
+fn a_shared_expert_of_another_scheme_gets_its_own_backend() {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/16_gpt_oss_mxfp4");
+    let checkpoint = Checkpoint::open(fixture.as_ref()).unwrap();
+    let with_shared = |alias: &str| {
+        let mut moe = checkpoint.layer(0).unwrap();
+        let c = MoeConfig { activation: moe.config.activation, input: moe.config.input, ..config(1, 1, 256, 96) };
+        let c = MoeConfig { hidden: moe.config.hidden, ..c };
+        let weights = weights::layer(&mut Rng(77), oracle(alias), c).weights;
+        moe.shared = Some(SharedExpert { weights, gate: None });
+        moe
+    };
+    let named = |name: &str| LayerOptions {
+        platform: Platform::cpu(),
+        inputs: SelectInputs::named(MoeBackend::by_name(name).unwrap()),
+        exact_activations: false,
+    };
+    let made = |alias: &str, name: &str| CheckpointLayer::new(with_shared(alias), &named(name));
+    // 16-bit weights have no backend of that name.
+    let layer = made("Bf16", "cpu_simd_a8").unwrap();
+    let names = (layer.choice().kernel.name, layer.shared_choice().unwrap().kernel.name);
+    assert_eq!(names, ("cpu_simd_a8", "cpu_simd"));
+    let x = hidden(&mut Rng(78), 3, layer.config());
+    assert!(layer.run(&x, None, None, &SingleThread).unwrap().output_with_shared.is_some());
+    // Where it has one, that is it.
+    for (alias, name) in [("Int8ChannelWeightOnly", "cpu_simd_a8"), ("Bf16", "cpu_reference")] {
+        assert_eq!(made(alias, name).unwrap().shared_choice().unwrap().kernel.name, name, "{alias}");
+    }
+    // A name of the routed experts' scheme must be right.
+    assert!(matches!(made("Bf16", "rdna3").err().unwrap(), LayerError::Select(_)));
 }

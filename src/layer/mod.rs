@@ -12,7 +12,7 @@ use crate::config::{MoeConfig, Routing, RoutingMethod, sigmoid};
 use crate::cpu::Executor;
 use crate::kernel::{ForwardError, routing};
 use crate::oracle::{
-    self, ConvertError, DynOracle, ExpertsKind, KernelInfo, QuantConfigError, SelectError, SelectInputs,
+    self, ConvertError, DynOracle, ExpertsKind, KernelInfo, MoeBackend, QuantConfigError, SelectError, SelectInputs,
 };
 use crate::platform::Platform;
 use crate::scheme::{QuantKey, Scheme};
@@ -83,13 +83,14 @@ pub struct Choice {
 pub struct LayerOptions {
     /// Where it runs.
     pub platform: Platform,
-    /// The backend asked for.
+    /// The backend asked for. A shared expert of another scheme, which may have no backend of that name, then gets its best.
     pub inputs: SelectInputs,
     /// Leave activations exact even where the backend could quantise them as the checkpoint asks.
     pub exact_activations: bool,
 }
 
 struct Shared {
+    choice: Choice,
     kernel: Kernel,
     gate: Option<Vec<f32>>,
 }
@@ -143,6 +144,7 @@ impl Shared {
     fn new(
         shared: SharedExpert,
         layer: &MoeConfig,
+        routed: Scheme,
         options: &LayerOptions,
         device: Device<'_>,
     ) -> Result<Self, LayerError> {
@@ -154,7 +156,15 @@ impl Shared {
             routing: Routing::new(RoutingMethod::Custom),
             ..MoeConfig::new(1, 1, w.hidden(), w.intermediate())
         };
-        Ok(Self { kernel: make(shared.weights, &config, options, device)?.1, gate: shared.gate })
+        let mut options = *options;
+        if let (true, Err(LayerError::Select(e))) = (w.scheme != routed, choose(w, &config, &options)) {
+            // The name is of the routed experts' scheme only.
+            if e.rejections().all(|r| r.backend.is_empty()) {
+                options.inputs.backend = MoeBackend::Auto;
+            }
+        }
+        let (choice, kernel) = make(shared.weights, &config, &options, device)?;
+        Ok(Self { choice, kernel, gate: shared.gate })
     }
 
     /// The shared expert is a layer of one expert that every token takes, with the gate for its routing weight.
@@ -174,7 +184,8 @@ impl Layer {
 
     /// The same for a device, which must be of `options.platform`.
     pub fn on(layer: MoeLayer, options: &LayerOptions, device: Device<'_>) -> Result<Self, LayerError> {
-        let shared = layer.shared.map(|s| Shared::new(s, &layer.config, options, device)).transpose()?;
+        let shared = layer.shared.map(|s| Shared::new(s, &layer.config, layer.weights.scheme, options, device));
+        let shared = shared.transpose()?;
         let (choice, kernel) = make(layer.weights, &layer.config, options, device)?;
         Ok(Self { kernel, choice, router: layer.router, shared })
     }
@@ -182,6 +193,11 @@ impl Layer {
     /// What was chosen for the routed experts.
     pub fn choice(&self) -> Choice {
         self.choice
+    }
+
+    /// What was chosen for the shared expert, where there is one.
+    pub fn shared_choice(&self) -> Option<Choice> {
+        self.shared.as_ref().map(|s| s.choice)
     }
 
     /// The layer.

@@ -95,7 +95,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let facts = serde_json::json!({
             "family": family, "layer": index, "producer": producer, "scheme": oracle.scheme.name(),
             "oracle": oracle.alias, "weight_key": key(oracle.weight), "activation_key": key(oracle.activation),
-            "backend": kernel.name, "why": why, "numerics": numerics, "platform": options.platform.to_string(),
+            "backend": kernel.name, "shared_backend": layer.shared_choice().map(|s| s.kernel.name), "why": why, "numerics": numerics, "platform": options.platform.to_string(),
             "relative_errors": compared.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "tokens": input.tokens, "threads": moe_oracle::cpu::Executor::threads(&pool),
         });
@@ -108,6 +108,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         key(oracle.activation).unwrap_or("not quantised"),
     ))?;
     outln(&format!("backend {} on {}: {why}; {numerics}", kernel.name, options.platform))?;
+    if let Some(shared) = layer.shared_choice().filter(|s| s.kernel.name != kernel.name) {
+        outln(&format!("the shared expert is {}: backend {}", shared.oracle.scheme, shared.kernel.name))?;
+    }
     for (name, error) in &compared {
         outln(&format!("relative error against the expected `{name}`: {error:.2e}"))?;
     }
