@@ -265,7 +265,8 @@ impl Scheme {
                 b.kernels.iter().try_for_each(Kernel::check)?;
                 match (b.device.as_str(), b.experts.as_str()) {
                     ("cpu", "simd" | "simd_int8" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
-                    ("cuda", "decode" | "mma" | "wgmma" | "emulation") if b.min != 0 && !b.kernels.is_empty() => {}
+                    ("cuda", "decode" | "mma" | "wgmma" | "emulation")
+                        if b.min != 0 && b.min <= b.max && !b.kernels.is_empty() => {}
                     _ => return Err("device, experts, min and kernels do not fit together".into()),
                 }
                 match b.numerics.as_str() {
@@ -330,14 +331,15 @@ mod tests {
 
     #[test]
     fn a_cuda_row_says_what_computes_and_from_what_capability() {
-        for experts in ["decode", "mma", "emulation"] {
+        for experts in ["decode", "mma", "wgmma", "emulation"] {
             let text = CPU.to_string() + &CUDA.replace(r#""decode""#, &format!("{experts:?}"));
             assert_eq!(parse(&text).unwrap().scheme[0].backend[1].experts, experts);
         }
         for (from, to) in [
             (r#"experts = "decode""#, r#"experts = "simd""#),
-            (r#"experts = "decode""#, r#"experts = "wgmma""#),
+            (r#"experts = "decode""#, r#"experts = "tcgen05""#),
             ("min = 80", "min = 0"),
+            ("min = 80", "min = 80\nmax = 70"),
             (r#"device = "cuda""#, r#"device = "cpu""#),
         ] {
             let error = parse(&(CPU.to_string() + &CUDA.replace(from, to))).unwrap_err();
