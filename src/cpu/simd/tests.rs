@@ -192,6 +192,12 @@ fn check(kind: Kind, hidden: usize, inter: usize, activation: Activation, bias: 
     check_rounded(kind, hidden, inter, activation, bias, seed, Rounding::None);
 }
 
+/// In the Frobenius norm.
+fn relative_error(have: &[f32], want: &[f64]) -> f64 {
+    let error: f64 = have.iter().zip(want).map(|(h, w)| (f64::from(*h) - w).powi(2)).sum();
+    (error / want.iter().map(|w| w * w).sum::<f64>()).sqrt()
+}
+
 fn check_rounded(
     kind: Kind,
     hidden: usize,
@@ -222,12 +228,17 @@ fn check_rounded(
         let what = format!("{kind:?} {hidden} x {inter} {activation:?} {rounding:?} {}", isa.name());
         let experts = SimdExperts::rounding(&weights, activation, isa, rounding).unwrap();
         let got = run(&experts, &x, hidden, &rows, &SingleThread);
-        let error: f64 = got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum();
-        let norm: f64 = want.iter().map(|w| w * w).sum();
-        let relative = (error / norm).sqrt();
-        // Where float32 and float64 differ on the side of a rounding boundary, a value is a step apart.
-        let bound = if rounding == Rounding::None { 1e-5 } else { 2e-3 };
-        assert!(relative < bound, "{what}: relative error {relative:e}");
+        if rounding == Rounding::None {
+            let relative = relative_error(&got, &want);
+            assert!(relative < 1e-5, "{what}: relative error {relative:e}");
+        } else {
+            // Where float32 and float64 differ on the side of a rounding boundary, a value is a step apart, which seldom
+            // happens to a row; the others agree.
+            let rows = got.chunks(hidden).zip(want.chunks(hidden));
+            let errors: Vec<f64> = rows.map(|(g, w)| relative_error(g, w)).collect();
+            let apart = errors.iter().filter(|e| **e >= 5e-5).count();
+            assert!(apart <= 4 && errors.iter().all(|e| *e < 3e-2), "{what}: relative errors {errors:?}");
+        }
         for threads in [2, 3] {
             let pool = ThreadPool::new(threads).unwrap();
             assert!(same(&got, &run(&experts, &x, hidden, &rows, &pool)), "{what}: {threads} threads differ");
