@@ -18,7 +18,8 @@ use super::quantize::{Ordered, Quantizer};
 use super::{CudaError, FATBINS, Stream, quantize};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::scheme::QuantKey;
-use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS, TILES};
+pub(super) use plan::TILES;
+use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS};
 
 /// By the place in `TILES`.
 const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128"];
@@ -116,7 +117,7 @@ impl Wgmma {
     ) -> Result<Option<Self>, CudaError> {
         let gpu = stream.gpu();
         let (format, info) = (packed.format, gpu.info());
-        let Some(kind) = Kind::of(format, activation.is_some()) else { return Ok(None) };
+        let Some(kind) = Kind::of(format, activation) else { return Ok(None) };
         let stored = activation.is_some_and(quantize::stored);
         // A stored scale is the input's after the routing weight, which here multiplies sums.
         let usable = |s: &Option<f32>| s.is_some_and(|s| s.is_normal() && s > 0.0);

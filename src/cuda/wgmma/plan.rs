@@ -1,6 +1,7 @@
 //! What a call's size and the GPU make of the kernels: a tile and a ring. Pure functions.
 
 use crate::cuda::pack::{Codes, Format, StageScales};
+use crate::scheme::*;
 
 /// What kernels/wgmma/kind.cuh calls MOE_KIND.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,13 +17,20 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// What serves packed weights, with quantised tokens or without.
-    pub fn of(format: Format, quantised: bool) -> Option<Self> {
-        match (format.codes, format.scales, quantised) {
-            (Codes::Half, _, false) => Some(Kind::Half),
-            (Codes::E4m3, StageScales::None, true) => Some(Kind::Fp8),
-            (Codes::E4m3, StageScales::F32(1), true) => Some(Kind::Fp8Block),
-            (Codes::Int8, StageScales::None, true) => Some(Kind::Int8),
+    /// What multiplies packed weights and tokens quantised to a key, or not quantised. A scale of weights or of tokens that
+    /// changes along a row needs sums by 128 columns, and with those every row its own scales.
+    pub fn of(format: Format, key: Option<QuantKey>) -> Option<Self> {
+        const FP8_ROW: [QuantKey; 2] = [FP8_DYNAMIC_TOKEN_SYM, FP8_DYNAMIC_TENSOR_SYM];
+        const INT8: [QuantKey; 3] = [INT8_DYNAMIC_TOKEN_SYM, INT8_DYNAMIC_TENSOR_SYM, INT8_STATIC_TENSOR_SYM];
+        match (format.codes, format.scales, key) {
+            (Codes::Half, _, None) => Some(Kind::Half),
+            (Codes::E4m3, StageScales::None, Some(k)) if FP8_ROW.contains(&k) || k == FP8_STATIC_TENSOR_SYM => {
+                Some(Kind::Fp8)
+            }
+            (Codes::E4m3, StageScales::F32(1), Some(k)) if FP8_ROW.contains(&k) || k == FP8_DYNAMIC_128_SYM => {
+                Some(Kind::Fp8Block)
+            }
+            (Codes::Int8, StageScales::None, Some(k)) if INT8.contains(&k) => Some(Kind::Int8),
             _ => None,
         }
     }
@@ -87,6 +95,45 @@ mod tests {
 
     const KINDS: [Kind; 4] = [Kind::Half, Kind::Fp8, Kind::Fp8Block, Kind::Int8];
     const HOPPER: usize = 227 << 10;
+
+    #[test]
+    fn kinds_take_the_keys_that_their_kernels_scale_by() {
+        use crate::cuda::pack::Compute;
+        let of =
+            |codes, scales, key| Kind::of(Format { codes, scales, compute: Compute::Bf16, scale_bf16: false }, key);
+        let (none, block) = (StageScales::None, StageScales::F32(1));
+        assert_eq!(of(Codes::Half, none, None), Some(Kind::Half));
+        assert_eq!(of(Codes::Half, none, Some(FP8_DYNAMIC_TOKEN_SYM)), None);
+        for (key, rows, blocks) in [
+            (FP8_DYNAMIC_TOKEN_SYM, true, true),
+            (FP8_DYNAMIC_TENSOR_SYM, true, true),
+            (FP8_STATIC_TENSOR_SYM, true, false),
+            (FP8_DYNAMIC_128_SYM, false, true),
+            (MXFP8_DYNAMIC, false, false),
+            (INT8_DYNAMIC_TOKEN_SYM, false, false),
+        ] {
+            assert_eq!(of(Codes::E4m3, none, Some(key)), rows.then_some(Kind::Fp8), "{key}");
+            assert_eq!(of(Codes::E4m3, block, Some(key)), blocks.then_some(Kind::Fp8Block), "{key}");
+        }
+        assert_eq!(of(Codes::E4m3, StageScales::F32(2), Some(FP8_DYNAMIC_128_SYM)), None);
+        assert_eq!(of(Codes::E4m3, block, None), None);
+        assert_eq!(of(Codes::Int8, none, Some(INT8_STATIC_TENSOR_SYM)), Some(Kind::Int8));
+        assert_eq!(of(Codes::Int8, none, Some(FP8_DYNAMIC_TOKEN_SYM)), None);
+    }
+
+    #[test]
+    fn a_build_for_hopper_has_the_kernels() {
+        use crate::cuda::{FATBINS, NOT_BUILT};
+        let for_hopper = |f: &crate::cuda::Fatbin| f.name == "permute" && f.archs.contains(&"90a");
+        if let Some(why) =
+            NOT_BUILT.or((!FATBINS.iter().any(for_hopper)).then_some("90a is not among the architectures"))
+        {
+            return println!("skipped: {why}");
+        }
+        for name in KINDS.iter().flat_map(|k| k.fatbins()) {
+            assert!(FATBINS.iter().any(|f| f.name == name), "{name} is not in the table");
+        }
+    }
 
     #[test]
     fn every_tile_has_a_ring_on_hopper() {
