@@ -6,7 +6,7 @@ use super::emulation::{Emulation, EmulationError};
 use super::memory::DeviceBuffer;
 use super::mma::{Mma, Tile};
 use super::pack::{Compute, PackedExperts};
-use super::wgmma::Wgmma;
+use super::wgmma::{self, Wgmma};
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, InputType, MoeConfig};
 use crate::kernel;
@@ -186,6 +186,9 @@ impl CudaKernel {
             Experts::Mma(..) if self.config.batch_invariant && !families.one_for_all() => {
                 Err(CudaError::Argument("a batch-invariant layer must use the grouped GEMM for any number of tokens"))
             }
+            Experts::Mma(..) if families.wgmma_tile.is_some_and(|t| !wgmma::TILES.contains(&t)) => {
+                Err(CudaError::Argument("a tile of cuda_wgmma has 64 or 128 tokens"))
+            }
             Experts::Mma(mma, _, wgmma, have) => {
                 mma.tile = families.tile;
                 wgmma.iter_mut().for_each(|w| w.tile = families.wgmma_tile);
@@ -206,8 +209,13 @@ impl CudaKernel {
                 if tokens <= families.decode_up_to {
                     return few;
                 }
-                let any = few.max(mma.workspace_bytes(tokens));
-                wgmma.as_ref().map_or(any, |w| any.max(w.workspace_bytes(tokens)))
+                match wgmma {
+                    Some(wgmma) if tokens >= families.wgmma_from => {
+                        let some = mma.workspace_bytes(families.wgmma_from.saturating_sub(1));
+                        few.max(some).max(wgmma.workspace_bytes(tokens))
+                    }
+                    _ => few.max(mma.workspace_bytes(tokens)),
+                }
             }
             Experts::Emulation(experts) => experts.workspace_bytes(tokens),
         }

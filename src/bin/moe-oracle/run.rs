@@ -95,7 +95,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let facts = serde_json::json!({
             "family": family, "layer": index, "producer": producer, "scheme": oracle.scheme.name(),
             "oracle": oracle.alias, "weight_key": key(oracle.weight), "activation_key": key(oracle.activation),
-            "backend": kernel.name, "shared_backend": layer.shared_choice().map(|s| s.kernel.name), "why": why, "numerics": numerics, "platform": options.platform.to_string(),
+            "backend": kernel.name, "why": why, "numerics": numerics, "platform": options.platform.to_string(),
+            "shared_backend": layer.shared_choice().map(|s| s.kernel.name),
             "relative_errors": compared.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "tokens": input.tokens, "threads": moe_oracle::cpu::Executor::threads(&pool),
         });
