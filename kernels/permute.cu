@@ -31,20 +31,22 @@ struct PlanParams {
     const int* ids;     // [assignments], global, -1 for none
     const int* map;     // [experts] global to local, or null
     const int* counts;  // batched format: [local experts]; ids are null then
-    int* rows;          // [assignments], written: sorted assignments, then -1
+    int* rows;          // [rows_count], written: sorted assignments, -1 where there is none
     int4* tiles;        // [max_tiles], written; kernels/mma.cu says what they hold
-    int* places;        // [assignments], written: where each is among the sorted; or null
+    int* places;        // [assignments], written: where each is in `rows`, or -1; or null
     int* parts;         // [blocks, local experts] assignments to each expert in a block's part; null for one block
     int assignments, experts, local_experts;
     int max_tokens;     // batched format: an expert's tokens lie this far apart
     int tile, max_tiles;
     int part;           // assignments of a block
+    int align;          // an expert's rows begin at a multiple of this
+    int rows_count;     // at most that many rows, and what is left is filled
     int unused;
 };
 // src/cuda/permute.rs has the same.
-static_assert(sizeof(PlanParams) == 88, "");
+static_assert(sizeof(PlanParams) == 96, "");
 
-// Calls f(assignment, local expert) for the thread's assignments of the block's part.
+// Calls f(assignment, local expert or -1) for the thread's assignments of the block's part.
 template <class F>
 __device__ __forceinline__ void for_each(const PlanParams& p, F f) {
     const int first = blockIdx.x * p.part, end = min(first + p.part, p.assignments);
@@ -57,8 +59,8 @@ __device__ __forceinline__ void for_each(const PlanParams& p, F f) {
         }
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
-            const int expert = moe::local_expert(id[i], p.map, p.experts, p.local_experts);
-            if (expert >= 0) f(base + i * kThreads, expert);
+            const int at = base + i * kThreads;
+            if (at < end) f(at, moe::local_expert(id[i], p.map, p.experts, p.local_experts));
         }
     }
 }
@@ -110,16 +112,17 @@ __device__ __forceinline__ uint4 lifted(uint4 v) {
                       moe::Bf16::mul(v.w, kPair));
 }
 
-struct OrderParams {
-    const uint4* x;  // [rows, eights]
-    uint4* out;      // [rows, groups * 4], written
-    long long all;   // groups of all rows
-    int eights;      // of 8 columns, that a row has
-    int groups;      // of 32 columns; those that it has not are zeros
+struct SpreadParams {
+    const uint32_t* x;  // [tokens, eights * 4] pairs
+    const int* places;  // [tokens, topk] rows of the planes, -1 for none
+    uint4* planes;      // [planes][rows][moe::kRowBytes], written; common/order.cuh
+    int rows, topk;
+    int eights;         // of 8 columns, that a token has; what the last plane has more is zeros
+    int planes_count;
 };
-static_assert(sizeof(OrderParams) == 32, "");
+static_assert(sizeof(SpreadParams) == 40, "");
 
-constexpr int kOrderThreads = 256;
+constexpr int kSpreadThreads = 256;
 
 struct CombineParams {
     const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
@@ -185,7 +188,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_count(const __grid
     __syncthreads();
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    for_each(p, [&](int, int expert) { atomicAdd(&counts[expert], 1); });
+    for_each(p, [&](int, int expert) {
+        if (expert >= 0) atomicAdd(&counts[expert], 1);
+    });
     __syncthreads();
     if (t < p.local_experts) p.parts[blockIdx.x * p.local_experts + t] = counts[t];
 }
@@ -198,7 +203,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     __syncthreads();
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    if (p.counts == nullptr && p.parts == nullptr) for_each(p, [&](int, int expert) { atomicAdd(&places[expert], 1); });
+    if (p.counts == nullptr && p.parts == nullptr) {
+        for_each(p, [&](int, int expert) {
+            if (expert >= 0) atomicAdd(&places[expert], 1);
+        });
+    }
     __syncthreads();
     // All assignments to the thread's expert, and those in the parts before the block's.
     int count = places[t], earlier = 0;
@@ -212,7 +221,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     if (p.counts != nullptr) count = t < p.local_experts ? max(0, min(p.counts[t], p.max_tokens)) : 0;
     const int tiles = (count + p.tile - 1) / p.tile;
     int2 all;
-    const int2 before = sum_before(make_int2(count, tiles), all);
+    const int room = (count + p.align - 1) / p.align * p.align;
+    const int2 before = sum_before(make_int2(room, tiles), all);
     const int start = p.counts != nullptr ? t * p.max_tokens : before.x;
     places[t] = before.x + earlier;
     const int even = (count + tiles - 1) / max(tiles, 1);
@@ -222,16 +232,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
             p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
         }
         for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
+        if (p.counts == nullptr) {
+            for (int i = count; i < room; i++) p.rows[start + i] = -1;
+        }
     }
     __syncthreads();
     if (p.counts != nullptr) return;
     for_each(p, [&](int at, int expert) {
-        const int place = atomicAdd(&places[expert], 1);
-        p.rows[place] = at;
+        const int place = expert >= 0 ? atomicAdd(&places[expert], 1) : -1;
+        if (place >= 0) p.rows[place] = at;
         if (p.places != nullptr) p.places[at] = place;
     });
     const int nth = blockIdx.x * kThreads + t;
-    for (int i = all.x + nth; i < p.assignments; i += gridDim.x * kThreads) p.rows[i] = -1;
+    for (int i = all.x + nth; i < p.rows_count; i += gridDim.x * kThreads) p.rows[i] = -1;
 }
 
 // grid (rows * parts of a row / kLayOutWarps): tokens to planes in the plan's order, what is missing of the last plane as
@@ -265,22 +278,24 @@ extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(cons
     }
 }
 
-// grid (groups of all rows / kOrderThreads): 16-bit rows in the order of common/order.cuh
-extern "C" __global__ void __launch_bounds__(kOrderThreads) moe_order(const __grid_constant__ OrderParams p) {
+// grid (tokens, parts of a row): 16-bit tokens to each of their experts' rows
+extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread(const __grid_constant__ SpreadParams p) {
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    const long long at = static_cast<long long>(blockIdx.x) * kOrderThreads + threadIdx.x;
-    if (at >= p.all) return;
-    const long long row = at / p.groups;
-    const int first = static_cast<int>(at - row * p.groups) * 4;
-    uint4 v[4], out[4];
+    const int token = blockIdx.x, at = blockIdx.y * kSpreadThreads + threadIdx.x;
+    if (at >= kChunks * p.planes_count) return;
+    // The chunk's four pairs are eight columns apart.
+    const int first = at / 4 * 4;
+    const uint32_t* from = p.x + (static_cast<long long>(token) * p.eights + first) * 4 + at % 4;
+    uint32_t v[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        v[i] = first + i < p.eights ? __ldcg(p.x + row * p.eights + first + i) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < 4; i++) v[i] = first + i < p.eights ? __ldg(from + 4 * i) : 0;
+#pragma unroll 4
+    for (int slot = 0; slot < p.topk; slot++) {
+        const int row = __ldcg(p.places + token * p.topk + slot);
+        if (row < 0) continue;
+        p.planes[moe::ordered_place(at, row, p.rows)] = make_uint4(v[0], v[1], v[2], v[3]);
     }
-    moe::reorder(v, out);
-#pragma unroll
-    for (int i = 0; i < 4; i++) p.out[4 * at + i] = out[i];
 }
 
 // grid (tokens, parts of a row)

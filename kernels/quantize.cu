@@ -33,11 +33,29 @@ struct Call {
     int cols, chunks;  // chunks of the padded row
     int stored_step;   // 0: one stored scale for all rows, 1: one for each
     int aligned;       // rows begin at multiples of 16 bytes
-    int ordered;       // 8-bit codes in the order of common/order.cuh
-    int unused;
+    int plane_rows;    // 0, or 8-bit codes and their scales go to planes: see Planes
+    int copies;        // to so many rows of them; 0: row r to row r
     const int* present;  // [R] or null: rows with a negative number here are not written
+    const int* places;   // [R, copies] rows of the planes, -1 for none
 };
-static_assert(sizeof(Call) == 88, "");
+static_assert(sizeof(Call) == 96, "");
+
+// As common/order.cuh has them; their scales lie [groups][plane_rows].
+struct Planes {
+    const Call& call;
+    __device__ __forceinline__ uint32_t* at(int row, int chunk) const {
+        return reinterpret_cast<uint32_t*>(call.codes) + 4 * ordered_place(chunk, row, call.plane_rows);
+    }
+    // Calls f(row of the planes) for each that the block's row goes to.
+    template <class F>
+    __device__ __forceinline__ void for_each(F f) const {
+        if (call.copies == 0) return f(static_cast<int>(blockIdx.x));
+        for (int i = 0; i < call.copies; i++) {
+            const int row = __ldcg(call.places + static_cast<int64_t>(blockIdx.x) * call.copies + i);
+            if (row >= 0) f(row);
+        }
+    }
+};
 
 // A chunk as it lies in memory.
 template <class T>
@@ -141,17 +159,20 @@ __device__ __forceinline__ uint32_t four_codes(const float* q) {
 
 // A chunk's codes.
 template <class K>
-__device__ __forceinline__ void store(uint8_t* row, int chunk, const float (&v)[CHUNK], const Scale& scale, bool ordered) {
+__device__ __forceinline__ void store(const Call& call, int chunk, const float (&v)[CHUNK], const Scale& scale) {
     constexpr int kBits = K::Elem::kBits;
     float q[CHUNK];
     divide<K>(v, scale, q);
     uint32_t low = four_codes<K>(q), high = four_codes<K>(q + 4);
     if (!has_codes(scale)) low = high = 0;
-    uint8_t* to = row + chunk * kBits;
+    uint8_t* to = call.codes + (static_cast<int64_t>(blockIdx.x) * call.chunks + chunk) * kBits;
     if constexpr (kBits == 8) {
-        if (ordered) {
-            uint8_t* group = row + chunk / 4 * 32 + chunk % 4 * 4;
-            *reinterpret_cast<uint32_t*>(group) = low, *reinterpret_cast<uint32_t*>(group + 16) = high;
+        if (call.plane_rows > 0) {
+            const Planes planes{call};
+            planes.for_each([&](int row) {
+                planes.at(row, chunk / 4 * 2)[chunk % 4] = low;
+                planes.at(row, chunk / 4 * 2 + 1)[chunk % 4] = high;
+            });
             return;
         }
         *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
@@ -179,7 +200,13 @@ __device__ __forceinline__ void emit(const Call& call, int chunk, const Raw<T>& 
         if (chunk % kLanes == 0 && chunk * CHUNK < call.cols) {
             const int64_t at = row * ((call.cols + K::kGroup - 1) / K::kGroup) + chunk / kLanes;
             if constexpr (K::kScale == ScaleKind::kF32) {
-                static_cast<float*>(call.scales)[at] = scale.value;
+                float* scales = static_cast<float*>(call.scales);
+                if (call.plane_rows > 0) {
+                    scales += static_cast<int64_t>(chunk / kLanes) * call.plane_rows;
+                    Planes{call}.for_each([&](int to) { scales[to] = scale.value; });
+                } else {
+                    scales[at] = scale.value;
+                }
             } else {
                 static_cast<uint8_t*>(call.scales)[at] = static_cast<uint8_t>(scale.code);
             }
@@ -188,7 +215,7 @@ __device__ __forceinline__ void emit(const Call& call, int chunk, const Raw<T>& 
     if (chunk >= call.chunks) return;
     float v[CHUNK];
     widen(raw, v);
-    store<K>(call.codes + row * call.chunks * K::Elem::kBits, chunk, v, scale, call.ordered);
+    store<K>(call, chunk, v, scale);
 }
 
 template <class T, class K>
@@ -234,7 +261,14 @@ __device__ __forceinline__ void quantize(const Call& call) {
             if (threadIdx.x == 0) call.second[row] = second;
         } else {
             scale = group_scale<K>(top, 1.f);
-            if (threadIdx.x == 0) static_cast<float*>(call.scales)[row] = scale.value;
+            if (threadIdx.x == 0) {
+                float* scales = static_cast<float*>(call.scales);
+                if (call.plane_rows > 0) {
+                    Planes{call}.for_each([&](int to) { scales[to] = scale.value; });
+                } else {
+                    scales[row] = scale.value;
+                }
+            }
         }
 #pragma unroll
         for (int i = 0; i < KEPT; i++) {

@@ -1,7 +1,7 @@
 // Hopper's grouped GEMM for many tokens: weight rows are the product's 64 rows, in registers; tokens its columns, in
-// shared memory. A block stays and takes tasks (192 rows of an expert's matrix times a tile of its tokens) in turn: a
-// warpgroup fills a ring, three multiply, each 64 of the rows. The ring goes on over tasks, so that the next one's weights
-// and tokens come while results go out.
+// shared memory. A cluster of blocks stays and takes tasks (as many rows of an expert's matrix as it has room for, times a
+// tile of its tokens) in turn: a warp of each block fills a ring, two warpgroups multiply. Everything that a task needs
+// besides is found out ahead of it, and the ring goes on over tasks.
 #include "wgmma/finish.cuh"
 #include "wgmma/multiply.cuh"
 #include "wgmma/produce.cuh"
@@ -9,71 +9,118 @@
 namespace moe {
 
 // Registers of a thread after the warpgroups have shared them out.
-constexpr int kProducer = 48, kMath = 144;
+constexpr int kProducer = 56, kMath = 224;
 
-// Sums with the narrowest product from kW on that takes all of the tile's tokens, kUsed chunks of them; its width.
-template <int kN, int kUsed, int kW = 16>
-__device__ __forceinline__ int narrowest(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
-    if constexpr (kW < Layout<kN>::kWidth) {
-        if (count > kW * kUsed) return narrowest<kN, kUsed, kW + 16>(multiply, count, acc);
+// Widths of products that there is code for: up to 64 columns in steps of eight (int8 has none of 40 and 56), beyond in
+// steps of 16, or 32 where a large tile is small for once.
+template <int kN>
+__device__ constexpr int next_width(int width) {
+    if (kN <= 64) return width + (kInt8 && width >= 32 ? 16 : 8);
+    return width + (kN > 128 && width < 128 ? 32 : 16);
+}
+template <int kN>
+constexpr int kNarrowest = kN <= 64 ? 8 : kN > 128 ? 32 : 16;
+
+// Sums with the narrowest product from kW on that takes all of the tile's tokens; its width.
+template <int kN, int kW = kNarrowest<kN>>
+__device__ __forceinline__ int sum(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
+    if constexpr (kW < kN) {
+        if (count > kW) return sum<kN, next_width<kN>(kW)>(multiply, count, acc);
     }
-    if constexpr (kPromoted) {
-        multiply.template promoted<kW, kUsed>(acc);
-    } else {
-        multiply.template plain<kW, kUsed>(acc);
+    multiply.template plain<kW>(acc);
+    return kW;
+}
+
+// The same with promoted sums, in as few chunks as take them.
+template <int kN, int kUsed = 1, int kW = 8>
+__device__ __forceinline__ int sum_promoted(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
+    constexpr int kWidth = Layout<kN>::kWidth;
+    if constexpr (kUsed < Layout<kN>::kChunks) {
+        if (count > kUsed * kWidth) {
+            constexpr int kMore = kUsed + 1, kLeast = (kUsed * kWidth + 1 + 8 * kMore - 1) / (8 * kMore) * 8;
+            return sum_promoted<kN, kMore, kLeast>(multiply, count, acc);
+        }
     }
+    if constexpr (kW < kWidth) {
+        if (count > kUsed * kW) return sum_promoted<kN, kUsed, kW + 8>(multiply, count, acc);
+    }
+    multiply.template promoted<kW, kUsed>(acc);
     return kW;
 }
 
 template <int kN>
 __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<kN>& memory) {
-    constexpr int kWidth = Layout<kN>::kWidth, kChunks = Layout<kN>::kChunks;
     const int warp = uniform(threadIdx.x >> 5) - 4, lane = threadIdx.x & 31;
-    const Finish<kN> finish{p, memory, warp / 4, warp % 4, lane};
-    Place place;
+    Finish<kN> finish{p, memory, warp / 4, warp % 4, lane};
+    Place place, tasks, facts;
     Multiply<kN> multiply{p, memory, place, warp, lane};
-    for (int n = 0;; n++) {
-        const Task task = task_of(p, n);
+    for (;; facts.next(kFacts)) {
+        const Task task = take(memory, tasks, lane);
         if (task.expert < 0) break;
-        finish.write_facts(task);
         Sums<kN> acc;
-        const int width = kChunks == 2 && task.count > kWidth
-                              ? narrowest<kN, kChunks, kWidth / 2 + 16>(multiply, task.count, acc)
-                              : narrowest<kN, 1>(multiply, task.count, acc);
-        finish.write(acc, task, width);
+        int width;
+        if constexpr (kPromoted) {
+            width = sum_promoted<kN>(multiply, task.count, acc);
+        } else {
+            width = sum<kN>(multiply, task.count, acc);
+        }
+        barrier_wait(memory.facts_full(facts.at), facts.round);
+        finish.write(acc, task, width, memory.facts(facts.at));
+        warp_arrive(memory.facts_free(facts.at), lane);
     }
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 template <int kN>
 __device__ __forceinline__ void gemm(const GemmParams& p) {
+    constexpr int kMathWarps = kMathThreads / 32;
     const Layout<kN> memory{p.depth};
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.depth; i++) {
-            // Full: every producing thread's copies, and the bulk copies. Free: every warp that multiplies.
-            barrier_init(memory.full(i), kWarpgroup + 1);
-            barrier_init(memory.free(i), kMathThreads / 32);
+            // Free: every warp of the cluster that multiplies.
+            barrier_init(memory.full(i), 1), barrier_init(memory.free(i), kMathWarps * kCluster);
+        }
+        for (int i = 0; i < kTasks; i++) {
+            barrier_init(memory.task_full(i), 1), barrier_init(memory.task_free(i), kMathWarps + 3);
+        }
+        for (int i = 0; i < kFacts; i++) {
+            barrier_init(memory.facts_full(i), 2), barrier_init(memory.facts_free(i), kMathWarps);
         }
         barrier_init_done();
     }
-    __syncthreads();
-    wait_for_previous_grid();
-    release_next_grid();
-    if (threadIdx.x < kWarpgroup) {
+    // No block's barriers are used before all are there.
+    cluster_sync();
+    const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31;
+    if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducer));
-        produce<kN>(p, memory);
+        if (warp == 0) {
+            produce<kN>(p, memory, lane);
+        } else if (warp == 1) {
+            schedule<kN>(p, memory, lane);
+        } else if (warp == 2) {
+            find_facts<kN, true>(p, memory, lane);
+        } else {
+            find_facts<kN, false>(p, memory, lane);
+        }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMath));
         multiply_all<kN>(p, memory);
     }
+    // Nor is a block gone while another still copies or arrives there.
+    cluster_sync();
 }
 
 }  // namespace moe
 
-// grid (at most one block to a multiprocessor)
-#define MOE_ENTRY(n)                                                   \
-    extern "C" __global__ void __launch_bounds__(moe::kThreads, 1)     \
-        moe_wgmma_##n(const __grid_constant__ moe::GemmParams p) {     \
-        moe::gemm<n>(p);                                               \
+// grid (a multiple of the cluster, at most one block to a multiprocessor)
+#define MOE_ENTRY(n)                                                                                       \
+    extern "C" __global__ void __cluster_dims__(moe::kCluster, 1, 1) __launch_bounds__(moe::kThreads, 1)   \
+        moe_wgmma_##n(const __grid_constant__ moe::GemmParams p) {                                         \
+        moe::gemm<n>(p);                                                                                   \
     }
 MOE_ENTRY(64)
 MOE_ENTRY(128)
+MOE_ENTRY(256)

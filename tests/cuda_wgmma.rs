@@ -12,7 +12,7 @@ use moe_oracle::platform::Platform;
 use moe_oracle::scheme::{QuantKey, Scheme};
 
 const KIND: ExpertsKind = ExpertsKind::Wgmma;
-const TILES: [usize; 2] = [64, 128];
+const TILES: [usize; 3] = [64, 128, 256];
 
 fn config(e: usize, k: usize, h: usize, i: usize) -> MoeConfig {
     MoeConfig::new(e, k, h, i)

@@ -1,14 +1,27 @@
 // A warpgroup's 64 rows times a tile's tokens. Weights come from the ring into registers, in which the products take them;
-// tokens stay in the ring. The other warpgroups' products run while this one reads weights.
+// tokens stay in the ring.
 #pragma once
 #include "products.cuh"
 #include "task.cuh"
 
 namespace moe {
 
-// How the tensor cores find rows of 128 bytes, in groups of eight, exchanged as produce.cuh says.
+// How the tensor cores find rows of 128 bytes, in groups of eight, exchanged as order.cuh says.
 __device__ __forceinline__ uint64_t columns_at(uint32_t at) {
     return static_cast<uint64_t>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// One arrival at the same barrier of every block of the cluster: nothing was written that another would read, so that no
+// fence of the cluster is needed (which costs a microsecond).
+__device__ __forceinline__ void arrive_at_all(uint32_t barrier, int lane) {
+    __syncwarp();
+    if (lane < kCluster) {
+        asm volatile(
+            "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+            "r"(lane)
+            : "memory");
+    }
 }
 
 // A thread's part of a tile's sums.
@@ -18,13 +31,14 @@ using Sums = Sum[Layout<kN>::kChunks][Layout<kN>::kWidth / 2];
 template <int kN>
 struct Multiply {
     using L = Layout<kN>;
+    using Operands = uint32_t[kSteps][4];
     const GemmParams& p;
     const L& memory;
     Place& place;
     const int slab, lane;  // the warp's slab of the tile's
 
     // Operands of a stage. Blocks beyond the matrix are zeros.
-    __device__ __forceinline__ void load(uint32_t (&a)[kSteps][4], int at, int stage) const {
+    __device__ __forceinline__ void load(Operands& a, int at, int stage) const {
         const uint32_t from = memory.weights(at) + slab * kSlabStage + lane * 16;
 #pragma unroll
         for (int k = 0; k < kSteps; k++) {
@@ -39,43 +53,60 @@ struct Multiply {
             }
         }
     }
-    __device__ __forceinline__ void wait_full(Place at) const {
-        barrier_wait(memory.full(at.at), at.round);
-        // Tokens were written by ordinary copies, and the tensor cores read another way.
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __device__ __forceinline__ void release(int at) const { arrive_at_all(memory.free(at), lane); }
+
+    // The next stage's operands, once they are there.
+    __device__ __forceinline__ void fetch(Operands& a, int stage) const {
+        barrier_wait(memory.full(place.at), place.round);
+        load(a, place.at, stage);
+        // Whatever makes operands of words is done here, not between products.
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[k][i]));
+        }
     }
-    __device__ __forceinline__ void release(int at) const {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(memory.free(at));
+    // Sends for a stage's products, whose operands are `a`; its place.
+    template <int kW>
+    __device__ __forceinline__ int begin(Sums<kN>& acc, const Operands& a) {
+        const int at = uniform(place.at);
+        const uint64_t columns = columns_at(memory.tokens(at));
+        place.next(memory.depth);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) Product<kW>::run(acc[0], a[k], columns + 2 * k, 1);
+        products_commit();
+        return at;
     }
 
-    // Sums in place.
-    template <int kW, int kUsed>
+    // Sums in place. A stage's products run while the next one's operands are read, and follow those of the last.
+    template <int kW>
     __device__ __forceinline__ void plain(Sums<kN>& acc) {
         const int stages = stages_of(p);
-        uint32_t a[kSteps][4];
-        wait_full(place);
-        load(a, place.at, 0);
+#pragma unroll
+        for (int i = 0; i < kW / 2; i++) acc[0][i] = 0;
+        Operands even, odd;
+        fetch(even, 0);
+        int left = stages;
 #pragma unroll 1
-        for (int stage = 0; stage < stages; stage++) {
-            const int at = uniform(place.at);
-            const uint64_t columns = columns_at(memory.tokens(at));
-            place.next(memory.depth);
-            products_begin();
-#pragma unroll
-            for (int k = 0; k < kSteps; k++) {
-#pragma unroll
-                for (int c = 0; c < kUsed; c++) {
-                    Product<kW>::run(acc[c], a[k], columns + 2 * k + c * (kW * kRowBytes / 16), stage > 0 || k > 0);
-                }
-            }
-            products_commit();
+        for (; left > 2; left -= 2) {
+            int at = begin<kW>(acc, even);
+            fetch(odd, stages - left + 1);
             products_wait<0>();
             release(at);
-            if (stage + 1 < stages) {
-                wait_full(place);
-                load(a, place.at, stage + 1);
-            }
+            at = begin<kW>(acc, odd);
+            fetch(even, stages - left + 2);
+            products_wait<0>();
+            release(at);
+        }
+        int at = begin<kW>(acc, even);
+        if (left > 1) fetch(odd, stages - 1);
+        products_wait<0>();
+        release(at);
+        if (left > 1) {
+            at = begin<kW>(acc, odd);
+            products_wait<0>();
+            release(at);
         }
     }
 
@@ -107,14 +138,13 @@ struct Multiply {
     template <int kW, int kUsed>
     __device__ __forceinline__ void promoted(Sums<kN>& acc) {
         const int stages = stages_of(p);
-        uint32_t a[kSteps][4];
+        Operands a;
 #pragma unroll
         for (int c = 0; c < kUsed; c++) {
 #pragma unroll
             for (int i = 0; i < kW / 2; i++) acc[c][i] = 0;
         }
-        wait_full(place);
-        load(a, place.at, 0);
+        fetch(a, 0);
 #pragma unroll 1
         for (int stage = 0; stage < stages; stage++) {
             const int at = uniform(place.at);
@@ -130,10 +160,7 @@ struct Multiply {
                 }
                 products_commit();
                 products_wait<0>();
-                if (c == kUsed - 1 && stage + 1 < stages) {
-                    wait_full(place);
-                    load(a, place.at, stage + 1);
-                }
+                if (c == kUsed - 1 && stage + 1 < stages) fetch(a, stage + 1);
                 promote<kW>(acc[c], part, at, stage, c);
             }
             release(at);

@@ -1,73 +1,89 @@
-// The warpgroup that fills the ring: weights by bulk copies, tokens gathered 16 bytes at a time and exchanged as the
-// tensor cores read them: chunk c of row r lies in place c ^ r % 8.
+// The warp that fills the ring: a block's own weights, and its share of the cluster's tokens, which go to every block.
 #pragma once
-#include "task.cuh"
+#include "schedule.cuh"
 
 namespace moe {
 
-__device__ __forceinline__ void copy_4(uint32_t to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+// Copies `bytes` to the same place of every block of the cluster and tells the same barrier of each.
+__device__ __forceinline__ void copy_to_all(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+            to),
+        "l"(from), "r"(bytes), "r"(barrier), "h"(kAll)
+        : "memory");
 }
 
 template <int kN>
-__device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& memory) {
-    // A thread copies the same chunk of every sixteenth row.
-    constexpr int kEach = kN / 16, kScalesEach = (kN + kWarpgroup - 1) / kWarpgroup;
-    const int thread = threadIdx.x, lane = thread & 31, first = thread / 8, chunk = thread % 8;
-    const uint32_t to = first * kRowBytes + ((chunk ^ (first & 7)) << 4);
+struct Produce {
+    const GemmParams& p;
+    const Layout<kN>& memory;
+    const int lane;
+
+    // Of a task.
+    const char* slab;      // the lane's
+    const char* tokens;    // the block's share
+    const float* scales;
+    int slabs, eights, before, share;  // tokens in eights: all, ahead of the share, in it
+
+    __device__ __forceinline__ void begin(const Task& task) {
+        const int rank = blockIdx.x % kCluster;
+        slabs = max(0, min(kSlabs, p.weights.slabs - task.row_tile * kSlabs));
+        slab = slab_of(p.weights, task.expert, task.row_tile * kSlabs + lane);
+        eights = (task.count + 7) / 8;
+        before = eights * rank / kCluster;
+        share = eights * (rank + 1) / kCluster - before;
+        tokens = p.x + static_cast<long long>(task.start + 8 * before) * kRowBytes;
+        scales = p.scales + task.start;
+    }
+    __device__ __forceinline__ void send_weights(int stage, int at) const {
+        const uint32_t full = memory.full(at), blocks = min(kBlocks, p.weights.blocks - kBlocks * stage);
+        const uint32_t bytes = blocks * kCodeBytes + kScaleBytes;
+        if (lane == 0) barrier_expect(full, slabs * bytes + eights * (8 * kRowBytes + (kBlockScales ? 32 : 0)));
+        __syncwarp();
+        if (lane < slabs) {
+            copy_bulk(memory.weights(at) + lane * kSlabStage, slab + static_cast<long long>(stage) * kSlabStage, bytes, full);
+        }
+    }
+    __device__ __forceinline__ void send_tokens(int stage, int at) const {
+        const uint32_t full = memory.full(at);
+        if (lane == 0 && share > 0) {
+            const long long plane = static_cast<long long>(p.count) * kRowBytes;
+            copy_to_all(memory.tokens(at) + before * 8 * kRowBytes, tokens + stage * plane, share * 8 * kRowBytes, full);
+        }
+        if (kBlockScales && lane == 1) {
+            copy_bulk(memory.scales(at), scales + static_cast<long long>(stage) * p.scale_step, eights * 32, full);
+        }
+    }
+};
+
+template <int kN>
+__device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& memory, int lane) {
+    Produce<kN> producer{p, memory, lane};
     const int stages = stages_of(p);
-    Place place;
-    for (int n = 0;; n++) {
-        const Task task = task_of(p, n);
+    Place place, tasks;
+    // Weights are of no other grid: the first task's go ahead of the wait, as far as the ring takes them.
+    int ahead = 0;
+    bool first = true;
+    for (;;) {
+        const Task task = take(memory, tasks, lane);
         if (task.expert < 0) break;
-        const auto source = [&](int row) {
-            const int at = task.start + row;
-            return p.topk > 0 ? __ldcg(p.rows + at) / p.topk : at;
-        };
-        uint32_t from[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; i++) {
-            const int row = first + 16 * i;
-            from[i] = row < task.count ? static_cast<uint32_t>(source(row)) * p.pitch + chunk : 0;
+        producer.begin(task);
+        if (first) {
+            ahead = min(stages, p.depth);
+            for (int stage = 0; stage < ahead; stage++) producer.send_weights(stage, stage);
+            wait_for_previous_grid();
+            first = false;
         }
-        int scales[kScalesEach];
-        if constexpr (kBlockScales) {
-#pragma unroll
-            for (int i = 0; i < kScalesEach; i++) {
-                const int row = thread + kWarpgroup * i;
-                scales[i] = row < task.count ? source(row) * p.scale_stride : 0;
+        for (int stage = 0; stage < stages; stage++, place.next(p.depth)) {
+            if (ahead > 0) {
+                // Nor a wait for the place: with all tokens from the other block, it may be free for the second time by now.
+                ahead--;
+            } else {
+                barrier_wait(memory.free(place.at), place.round ^ 1);
+                producer.send_weights(stage, place.at);
             }
-        }
-        const int slabs = min(kSlabs, p.weights.slabs - task.row_tile * kSlabs);
-        const char* slab = slab_of(p.weights, task.expert, task.row_tile * kSlabs + lane);
-        for (int stage = 0; stage < stages; stage++, place.next(memory.depth)) {
-            barrier_wait(memory.free(place.at), place.round ^ 1);
-            if (thread < 32) {
-                const int blocks = min(kBlocks, p.weights.blocks - kBlocks * stage);
-                const uint32_t bytes = blocks * kCodeBytes + kScaleBytes;
-                if (lane == 0) barrier_expect(memory.full(place.at), slabs * bytes);
-                __syncwarp();
-                if (lane < slabs) {
-                    const char* codes = slab + static_cast<long long>(stage) * kSlabStage;
-                    copy_bulk(memory.weights(place.at) + lane * kSlabStage, codes, bytes, memory.full(place.at));
-                }
-            }
-            const uint32_t at = memory.tokens(place.at) + to;
-#pragma unroll
-            for (int i = 0; i < kEach; i++) {
-                if (first + 16 * i < task.count) {
-                    copy_16(at + i * 16 * kRowBytes, p.x + (static_cast<uint64_t>(from[i] + 8 * stage) << 4));
-                }
-            }
-            if constexpr (kBlockScales) {
-#pragma unroll
-                for (int i = 0; i < kScalesEach; i++) {
-                    const int row = thread + kWarpgroup * i;
-                    const float* scale = p.scales + scales[i] + stage * p.scale_step;
-                    if (row < task.count) copy_4(memory.scales(place.at) + 4 * row, scale);
-                }
-            }
-            arrive_after_copies(memory.full(place.at));
+            producer.send_tokens(stage, place.at);
         }
     }
 }

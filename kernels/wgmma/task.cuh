@@ -1,4 +1,4 @@
-// What a launch is given, how a block's shared memory is divided, and the tasks that a block takes in turn.
+// What a launch is given, how a block's shared memory is divided, and the tasks that a cluster takes in turn.
 #pragma once
 #include "kind.cuh"
 
@@ -11,40 +11,47 @@ enum Kind : int {
 
 struct GemmParams {
     Matrix weights;
-    const char* x;         // rows of `pitch` times 16 bytes, columns in the products' order (kernels/common/order.cuh)
-    const float* scales;   // of their rows, or null
-    const int* rows;       // [assignments] sorted by expert
+    const char* x;         // planes of `count` rows; kernels/common/order.cuh
+    const float* scales;   // of their rows, [stages or 1][count], or null
+    const int* rows;       // [count] assignments sorted by expert; -1 for none
     const float* routing;  // of each assignment, to multiply sums of the first kind by; or null
     const int4* tiles;     // {local expert or -1, first row, how many, nth of its expert | of how many << 16}
-    void* out;             // rows of `out_columns`
-    int pitch, topk;       // topk: x has rows of tokens, not of the plan; or 0
-    int scale_stride, scale_step;  // floats from row to row, from stage to stage
+    void* out;             // planes as of x, or rows of `out_columns`
+    int count;             // rows of the plan, a multiple of 8; experts' begin at multiples of 8
+    int scale_step;        // floats from a stage's scales to the next one's
     int out_columns;
-    int row_tiles, max_tiles, depth;
+    int row_tiles;  // of a cluster
+    int max_tiles, depth;
     int kind;
-    int ordered;  // of the first kind: columns in the products' order
+    int planes;  // of the first kind: the result is planes
     float scale;  // of all rows
     Activation activation;
+    int unused;
 };
 // src/cuda/wgmma.rs has the same.
-static_assert(sizeof(GemmParams) == 152, "");
+static_assert(sizeof(GemmParams) == 144, "");
 
-// A warpgroup that fills the ring and three that multiply, each four slabs of 16 rows: while one reads its weights, adds
-// sums up or sends results out, the others keep the tensor cores busy.
-constexpr int kWarpgroup = 128, kMathGroups = 3, kMathThreads = kMathGroups * kWarpgroup;
+// A block's rows are four slabs of 16 for each warpgroup that multiplies; the blocks of a cluster have neighbouring rows
+// and the same tokens, which are read once for all of them.
+constexpr int kWarpgroup = 128, kMathGroups = 2, kMathThreads = kMathGroups * kWarpgroup;
 constexpr int kThreads = kWarpgroup + kMathThreads;
-constexpr int kSlabs = 4 * kMathGroups;
+constexpr int kSlabs = 4 * kMathGroups, kRows = 16 * kSlabs;
+constexpr int kCluster = 2;
 constexpr int kMaxDepth = 16;
+// Tokens whose results go out at once.
+constexpr int kPiece = 32;
+// Tasks known in advance, and those of which everything else is known.
+constexpr int kTasks = 4, kFacts = 2;
 
 // Shared memory of a tile of at most kN tokens: a ring of tokens, of weights, of scales; room for results on their way
-// out; the columns' facts; the ring's barriers.
+// out; facts of columns and rows; tasks; barriers.
 template <int kN>
 struct Layout {
     // Registers hold the sums, and what is promoted of them.
-    static constexpr int kChunks = kPromoted && kN > 64 ? 2 : 1, kWidth = kN / kChunks;
+    static constexpr int kWidth = kPromoted && kN > 64 ? 64 : kN, kChunks = kN / kWidth;
     static constexpr int kTokens = kN * kRowBytes, kWeights = kSlabs * kSlabStage, kScales = kBlockScales ? 4 * kN : 0;
-    static constexpr int kStaged = kWidth * 128;  // of a warpgroup
-    static constexpr int kFacts = 8 * kN;
+    static constexpr int kStaged = 2 * kPiece * 128;  // of a warpgroup
+    static constexpr int kFactBytes = 8 * (kN + kRows);
     int depth;
 
     __device__ __forceinline__ uint32_t base() const {
@@ -58,14 +65,20 @@ struct Layout {
     }
     __device__ __forceinline__ uint32_t after() const { return base() + depth * (kTokens + kWeights + kScales); }
     __device__ __forceinline__ uint32_t staged(int warpgroup) const { return after() + warpgroup * kStaged; }
-    __device__ __forceinline__ uint32_t fact(int column) const { return after() + kMathGroups * kStaged + 8 * column; }
-    __device__ __forceinline__ uint32_t full(int place) const {
-        return after() + kMathGroups * kStaged + kFacts + 8 * place;
+    // Of the columns, then of the rows.
+    __device__ __forceinline__ uint32_t facts(int place) const {
+        return after() + kMathGroups * kStaged + place * kFactBytes;
     }
+    __device__ __forceinline__ uint32_t task(int place) const { return facts(kFacts) + 16 * place; }
+    __device__ __forceinline__ uint32_t full(int place) const { return task(kTasks) + 8 * place; }
     __device__ __forceinline__ uint32_t free(int place) const { return full(kMaxDepth + place); }
+    __device__ __forceinline__ uint32_t task_full(int place) const { return free(kMaxDepth + place); }
+    __device__ __forceinline__ uint32_t task_free(int place) const { return task_full(kTasks + place); }
+    __device__ __forceinline__ uint32_t facts_full(int place) const { return task_free(kTasks + place); }
+    __device__ __forceinline__ uint32_t facts_free(int place) const { return facts_full(kFacts + place); }
 };
 
-// A place of the ring, and which time round.
+// A place of a ring, and which time round.
 struct Place {
     int at = 0;
     uint32_t round = 0;
@@ -81,16 +94,22 @@ struct Task {
 // The block's nth task; expert -1 for none. An expert's tiles of one part of the matrix stand next to each other, so that
 // its weights are read from memory once and for the other tiles from L2.
 __device__ __forceinline__ Task task_of(const GemmParams& p, int n) {
-    const int all = blockIdx.x + n * gridDim.x, at = all / p.row_tiles;
+    const int all = blockIdx.x / kCluster + n * (gridDim.x / kCluster), at = all / p.row_tiles;
     if (at >= p.max_tiles) return {-1, 0, 0, 0};
     int4 tile = __ldcg(p.tiles + at);
     if (tile.x < 0) return {-1, 0, 0, 0};
     const int nth = tile.w & 0xffff, of = tile.w >> 16, first = at - nth;
     const int local = all - first * p.row_tiles, row_tile = local / of, wanted = local - row_tile * of;
     if (wanted != nth) tile = __ldcg(p.tiles + first + wanted);
-    return {tile.x, tile.y, tile.z, row_tile};
+    return {tile.x, tile.y, tile.z, row_tile * kCluster + static_cast<int>(blockIdx.x % kCluster)};
 }
 
 __device__ __forceinline__ int stages_of(const GemmParams& p) { return (p.weights.blocks + kBlocks - 1) / kBlocks; }
+
+// A warp's arrival, after all that its lanes did before.
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+}
 
 }  // namespace moe

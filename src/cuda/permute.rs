@@ -3,6 +3,7 @@
 
 use super::launch::{Arg, Launch};
 use super::module::Kernel;
+use super::quantize::OrderedPlanes;
 use super::{CudaError, Gpu, Stream};
 use crate::config::{InputType, MoeConfig};
 
@@ -17,7 +18,7 @@ const PLAN_THREADS: u32 = 1024;
 const COMBINE_THREADS: usize = 256;
 /// Assignments that a block sorts.
 const PART: usize = 2048;
-const ORDER_THREADS: usize = 256;
+const SPREAD_THREADS: usize = 256;
 const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for a grid of the GPU: split the batch");
 /// Warps of a block that lays tokens out, and the 16-byte chunks of a row that each copies.
 const LAY_OUT_WARPS: usize = 8;
@@ -41,6 +42,8 @@ struct PlanParams {
     tile: i32,
     max_tiles: i32,
     part: i32,
+    align: i32,
+    rows_count: i32,
     unused: i32,
 }
 
@@ -60,15 +63,17 @@ struct LayOutParams {
     lift: i32,
 }
 
-/// As `OrderParams` in kernels/permute.cu.
+/// As `SpreadParams` in kernels/permute.cu.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct OrderParams {
+struct SpreadParams {
     x: u64,
-    out: u64,
-    all: i64,
+    places: u64,
+    planes: u64,
+    rows: i32,
+    topk: i32,
     eights: i32,
-    groups: i32,
+    planes_count: i32,
 }
 
 /// As `CombineParams` in kernels/permute.cu.
@@ -88,8 +93,8 @@ struct CombineParams {
 
 // The kernels assert the same.
 const _: () = assert!(
-    size_of::<OrderParams>() == 32
-        && size_of::<PlanParams>() == 88
+    size_of::<SpreadParams>() == 40
+        && size_of::<PlanParams>() == 96
         && size_of::<CombineParams>() == 56
         && size_of::<LayOutParams>() == 56
 );
@@ -100,10 +105,16 @@ pub(super) fn max_tiles(assignments: usize, experts: usize, tile: usize) -> usiz
     assignments / tile + experts.min(assignments)
 }
 
+/// The most rows that so many assignments to so many experts have, where each expert's begin at a multiple of `align`; itself
+/// such a multiple.
+pub(super) fn max_rows(assignments: usize, experts: usize, align: usize) -> usize {
+    (assignments + (align - 1) * experts.min(assignments)).next_multiple_of(align)
+}
+
 /// What is sorted: ids of a call, or the counts of the batched format.
 #[derive(Clone, Copy)]
 pub(super) enum Source {
-    /// `[assignments]` global ids; the map or 0; where the sorted assignments go.
+    /// `[assignments]` global ids; the map or 0; where the sorted assignments go, as many as [`max_rows`] says.
     Ids { ids: u64, map: u64, rows: u64, assignments: usize },
     /// `[local experts]` token counts of at most `max`.
     Counts { counts: u64, max: usize },
@@ -118,7 +129,9 @@ pub(super) struct Plan {
     pub tile: usize,
     /// No less than [`max_tiles`] says.
     pub max_tiles: usize,
-    /// `[assignments]`, written where there are ids: where each is among the sorted; or 0
+    /// An expert's rows begin at a multiple of this.
+    pub align: usize,
+    /// `[assignments]`, written where there are ids: the row of each, or -1; or 0
     pub places: u64,
     /// [`scratch_bytes`] of the assignments, that nothing else uses before the plan is made.
     pub scratch: u64,
@@ -157,7 +170,7 @@ pub(super) struct Permute {
     count: Kernel,
     plan: Kernel,
     lay_out: Kernel,
-    order: Kernel,
+    spread: Kernel,
     combine: Kernel,
     config: MoeConfig,
 }
@@ -188,7 +201,7 @@ impl Permute {
             count: kernel("moe_count")?,
             plan: kernel("moe_plan")?,
             lay_out: kernel("moe_lay_out")?,
-            order: kernel("moe_order")?,
+            spread: kernel("moe_spread")?,
             combine: kernel(combine)?,
             config: *config,
         })
@@ -209,13 +222,15 @@ impl Permute {
             tile: plan.tile as i32,
             max_tiles: plan.max_tiles as i32,
             part: PART as i32,
+            align: plan.align as i32,
             ..bytemuck::Zeroable::zeroed()
         };
         let params = match source {
             Source::Ids { ids, map, rows, assignments } => {
                 let several = parts(assignments) > 1;
                 let scratch = if several { plan.scratch } else { 0 };
-                PlanParams { ids, map, rows, parts: scratch, assignments: assignments as i32, ..common }
+                let rows_count = max_rows(assignments, c.local_experts, plan.align) as i32;
+                PlanParams { ids, map, rows, parts: scratch, assignments: assignments as i32, rows_count, ..common }
             }
             Source::Counts { counts, max } => PlanParams { counts, max_tokens: max as i32, ..common },
         };
@@ -267,27 +282,32 @@ impl Permute {
         unsafe { launch.run(stream, &self.lay_out, &mut [Arg::new(&params)]) }
     }
 
-    /// Brings the rows `x` (`[rows, columns]`, 16-bit) into the order of kernels/common/order.cuh, `pitch` bytes each.
+    /// Copies 16-bit tokens `x` (`[tokens, hidden]`) to the rows of their experts in the planes at `planes`; the places are
+    /// the plan's.
     ///
     /// # Safety
-    /// The addresses must be device memory of these sizes, aligned to 16 bytes, `pitch` a multiple of 64, and as
-    /// [`Launch::run`] wants them.
-    pub unsafe fn order(
+    /// The addresses must be device memory of these sizes, aligned to 16 bytes, and as [`Launch::run`] wants them.
+    pub unsafe fn spread(
         &self,
         stream: &Stream,
         x: u64,
-        out: u64,
-        columns: usize,
-        pitch: usize,
-        rows: usize,
+        planes: u64,
+        to: OrderedPlanes,
+        tokens: usize,
     ) -> Result<(), CudaError> {
-        let groups = pitch / 64;
-        let all = rows * groups;
-        let params = OrderParams { x, out, all: all as i64, eights: (columns / 8) as i32, groups: groups as i32 };
-        let blocks = u32::try_from(all.div_ceil(ORDER_THREADS)).ok().filter(|b| *b <= i32::MAX as u32);
-        let launch = Launch::new(blocks.ok_or(TOO_LARGE)?, ORDER_THREADS as u32).overlap(true);
+        let params = SpreadParams {
+            x,
+            places: to.places,
+            planes,
+            rows: to.rows as i32,
+            topk: to.copies as i32,
+            eights: (self.config.hidden / 8) as i32,
+            planes_count: to.count as i32,
+        };
+        let parts = (ROW_BYTES / 16 * to.count).div_ceil(SPREAD_THREADS);
+        let launch = Launch { grid: [tokens as u32, parts as u32, 1], ..Launch::new(1, SPREAD_THREADS as u32) };
         // SAFETY: the kernel's only parameter; the rest is the caller's promise.
-        unsafe { launch.run(stream, &self.order, &mut [Arg::new(&params)]) }
+        unsafe { launch.overlap(true).run(stream, &self.spread, &mut [Arg::new(&params)]) }
     }
 
     /// Sums the slots' results of so many tokens.
@@ -328,7 +348,7 @@ mod tests {
             "kThreads = 1024;",
             "kMaxExperts = kThreads;",
             "kCombineThreads = 256;",
-            "kOrderThreads = 256;",
+            "kSpreadThreads = 256;",
             "kMaxTopk = 32;",
             "kLayOutWarps = 8, kEach = 4;",
         ] {
@@ -342,6 +362,13 @@ mod tests {
         fn the_list_of_tiles_is_long_enough(counts in prop::collection::vec(0usize..300, 1..40), tile in 1usize..130) {
             let tiles: usize = counts.iter().map(|c| c.div_ceil(tile)).sum();
             prop_assert!(tiles <= max_tiles(counts.iter().sum(), counts.len(), tile));
+        }
+
+        #[test]
+        fn the_list_of_rows_is_long_enough(counts in prop::collection::vec(0usize..300, 1..40), align in 1usize..17) {
+            let rows: usize = counts.iter().map(|c| c.next_multiple_of(align)).sum();
+            let most = max_rows(counts.iter().sum(), counts.len(), align);
+            prop_assert!(rows <= most && most.is_multiple_of(align));
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Hopper's grouped GEMM for many tokens (kernels/wgmma.cu), around the same plan and sum as the one for all GPUs. Where
 //! the layer's keys quantise activations, they are multiplied so.
 //!
-//! Tokens are brought into the products' order of columns, or quantised in that order, once each; the first kernel gathers
-//! them by the plan's list.
+//! Tokens go to the rows of all their experts, as they are or quantised, in the order in which the products take columns
+//! (kernels/common/order.cuh), so that what the blocks of a cluster share can be copied to all of them at once.
 
 mod plan;
 
@@ -12,22 +12,24 @@ use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::pack::PackedExperts;
-use super::permute::{Permute, Plan, Source, Sum, TILE_BYTES, max_tiles, scratch_bytes};
+use super::permute::{Permute, Plan, ROW_BYTES, Source, Sum, TILE_BYTES, max_rows, max_tiles, scratch_bytes};
 use super::projection::Matrix;
-use super::quantize::{Ordered, Quantizer};
+use super::quantize::{OrderedPlanes, Quantizer};
 use super::{CudaError, FATBINS, Stream, quantize};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::scheme::QuantKey;
 pub(super) use plan::TILES;
-use plan::{Kind, Ring, SLABS, STAGE_BYTES, THREADS};
+use plan::{CLUSTER, Kind, Ring, SLABS, THREADS};
 
 /// By the place in `TILES`.
-const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128"];
+const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128", "moe_wgmma_256"];
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 
-/// Bytes of a row at most: what the kernels reckon in 32 bits, in 16 bytes or sums of int8 products, stays below.
-const MAX_PITCH: usize = 1 << 17;
+/// Planes of a row at most, so that sums of int8 products stay below 2^31.
+const MAX_PLANES: usize = 1 << 10;
+/// Experts' rows begin at multiples of this: what of a plane is exchanged.
+const ALIGN: usize = 8;
 
 /// As `GemmParams` in kernels/wgmma/task.cuh.
 #[repr(C)]
@@ -40,23 +42,21 @@ struct GemmParams {
     routing: u64,
     tiles: u64,
     out: u64,
-    pitch: i32,
-    topk: i32,
-    scale_stride: i32,
+    count: i32,
     scale_step: i32,
     out_columns: i32,
     row_tiles: i32,
     max_tiles: i32,
     depth: i32,
     kind: i32,
-    ordered: i32,
+    planes: i32,
     scale: f32,
     activation: Activation,
     unused: i32,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 152);
+const _: () = assert!(size_of::<GemmParams>() == 144);
 
 /// `Kind` in kernels/wgmma/task.cuh.
 const FIRST: i32 = 0;
@@ -68,20 +68,30 @@ struct Input {
     quantizer: Option<Quantizer>,
     /// A stored scale of all rows, and where it is on the device (or 0).
     stored: (f32, u64),
-    /// Bytes of a row, whole stages.
-    pitch: usize,
+    /// Planes that a row's columns fill.
+    planes: usize,
     /// Scales of a row.
     scales: usize,
 }
 
 impl Input {
-    fn bytes(&self, rows: usize) -> usize {
-        (rows * self.pitch).next_multiple_of(128) + (rows * self.scales * 4).next_multiple_of(128)
+    fn codes(&self, rows: usize) -> usize {
+        rows * self.planes * ROW_BYTES
+    }
+
+    /// Planes of so many rows.
+    fn to(&self, rows: usize) -> OrderedPlanes {
+        OrderedPlanes { count: self.planes, rows, places: 0, copies: 0, present: 0, stored: self.stored.1 }
+    }
+
+    fn bytes(&self, rows: usize) -> Option<usize> {
+        let scales = (rows * self.scales * 4).next_multiple_of(128);
+        rows.checked_mul(self.planes * ROW_BYTES)?.checked_add(scales)
     }
 
     /// Where the scales are behind the operands of so many rows at `x`, or 0.
     fn scales_at(&self, x: u64, rows: usize) -> u64 {
-        if self.scales == 0 { 0 } else { x + (rows * self.pitch).next_multiple_of(128) as u64 }
+        if self.scales == 0 { 0 } else { x + self.codes(rows) as u64 }
     }
 }
 
@@ -122,8 +132,8 @@ impl Wgmma {
         // A stored scale is the input's after the routing weight, which here multiplies sums.
         let usable = |s: &Option<f32>| s.is_some_and(|s| s.is_normal() && s > 0.0);
         let scales = !stored || (packed.input_scales.iter().all(usable) && !config.weight_on_input);
-        let pitch = |columns: usize| (columns * kind.bytes()).next_multiple_of(STAGE_BYTES);
-        let short = pitch(packed.hidden.max(packed.middle)) <= MAX_PITCH;
+        let planes = |columns: usize| (columns * kind.bytes()).div_ceil(ROW_BYTES);
+        let short = planes(packed.hidden.max(packed.middle)) <= MAX_PLANES;
         let fatbin = kind.fatbins()[format.compute as usize];
         let built = FATBINS.iter().any(|f| f.name == fatbin && f.runs_on(info.capability));
         if info.capability != 90 || config.format != ActivationFormat::Standard || !scales || !short || !built {
@@ -152,7 +162,7 @@ impl Wgmma {
                     (Some(buffer), Some(scale)) => (scale, buffer.address() + 4 * n as u64),
                     _ => (1.0, 0),
                 },
-                pitch: pitch(columns),
+                planes: planes(columns),
                 quantizer,
             })
         };
@@ -165,7 +175,7 @@ impl Wgmma {
             _stored_scales: stored_scales,
             unlift: 1.0 / format.lift(),
             middle: packed.middle,
-            blocks: info.sms,
+            blocks: info.sms / CLUSTER as u32 * CLUSTER as u32,
             config: *config,
             tile: None,
         }))
@@ -224,15 +234,24 @@ impl Wgmma {
         let assignments = pass.tokens * c.topk;
         let (tile, kernel, ring) = self.kernel(assignments)?;
         let tiles = max_tiles(assignments, c.local_experts, tile);
+        let count = max_rows(assignments, c.local_experts, ALIGN);
         let at = |part: usize| pass.workspace + part as u64;
-        let (list, rows, x, middle, second, results) =
-            (at(0), at(parts.rows), at(parts.x), at(parts.middle), at(parts.second), at(parts.results));
+        let (list, rows, places, x, middle, second, results) = (
+            at(0),
+            at(parts.rows),
+            at(parts.places),
+            at(parts.x),
+            at(parts.middle),
+            at(parts.second),
+            at(parts.results),
+        );
         let source = Source::Ids { ids: pass.ids, map: pass.map, rows, assignments };
         let [first, down] = &self.inputs;
         let quantised = first.quantizer.is_some();
         let common = GemmParams {
             rows,
             tiles: list,
+            count: count as i32,
             max_tiles: tiles as i32,
             depth: ring.depth as i32,
             activation: Activation::of(c.activation),
@@ -242,11 +261,10 @@ impl Wgmma {
             weights: self.matrices[0],
             routing: if c.weight_on_input { pass.weights } else { 0 },
             out: middle,
-            topk: c.topk as i32,
-            out_columns: if quantised { self.middle } else { down.pitch / 2 } as i32,
+            out_columns: if quantised { self.middle } else { down.planes * ROW_BYTES / 2 } as i32,
             kind: FIRST,
-            ordered: i32::from(!quantised),
-            ..self.with_input(common, first, x, pass.tokens)
+            planes: i32::from(!quantised),
+            ..self.with_input(common, first, x)
         };
         let of_second = if quantised { second } else { middle };
         let down_params = GemmParams {
@@ -254,22 +272,21 @@ impl Wgmma {
             out: results,
             out_columns: c.hidden as i32,
             kind: SECOND,
-            ..self.with_input(common, down, of_second, assignments)
+            ..self.with_input(common, down, of_second)
         };
         // SAFETY: the caller's promise; the parts have room for all rows.
         unsafe {
-            self.permute.plan(stream, source, Plan { tiles: list, tile, max_tiles: tiles, places: 0, scratch: x })?;
+            let plan = Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, scratch: x };
+            self.permute.plan(stream, source, plan)?;
+            let to = OrderedPlanes { places, copies: c.topk, ..first.to(count) };
             match &first.quantizer {
-                None => self.permute.order(stream, pass.hidden, x, c.hidden, first.pitch, pass.tokens)?,
-                Some(q) => {
-                    let rows = Ordered { pitch: first.pitch, present: 0, stored: first.stored.1 };
-                    q.run_ordered(stream, pass.hidden, x, gate_up.scales, rows, pass.tokens)?;
-                }
+                None => self.permute.spread(stream, pass.hidden, x, to, pass.tokens)?,
+                Some(q) => q.run_planes(stream, pass.hidden, x, gate_up.scales, to, pass.tokens)?,
             }
             self.gemm(stream, kernel, ring, gate_up)?;
             if let Some(q) = &down.quantizer {
-                let ordered = Ordered { pitch: down.pitch, present: rows, stored: down.stored.1 };
-                q.run_ordered(stream, middle, second, down_params.scales, ordered, assignments)?;
+                let to = OrderedPlanes { present: rows, ..down.to(count) };
+                q.run_planes(stream, middle, second, down_params.scales, to, count)?;
             }
             self.gemm(stream, kernel, ring, down_params)?;
             let sum = Sum { results, ids: pass.ids, weights: pass.weights, map: pass.map, output: pass.output };
@@ -277,13 +294,11 @@ impl Wgmma {
         }
     }
 
-    fn with_input(&self, common: GemmParams, input: &Input, x: u64, rows: usize) -> GemmParams {
+    fn with_input(&self, common: GemmParams, input: &Input, x: u64) -> GemmParams {
         GemmParams {
             x,
-            scales: input.scales_at(x, rows),
-            pitch: (input.pitch / 16) as i32,
-            scale_stride: input.scales as i32,
-            scale_step: i32::from(input.scales > 1),
+            scales: input.scales_at(x, common.count as usize),
+            scale_step: if input.scales > 1 { common.count } else { 0 },
             scale: self.unlift * input.stored.0,
             ..common
         }
@@ -292,9 +307,9 @@ impl Wgmma {
     /// # Safety
     /// As for [`pass`](Self::pass).
     unsafe fn gemm(&self, stream: &Stream, kernel: &Kernel, ring: Ring, params: GemmParams) -> Result<(), CudaError> {
-        let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS);
-        let tasks = row_tiles.checked_mul(params.max_tiles as usize).filter(|n| *n <= i32::MAX as usize / 2);
-        let blocks = self.blocks.min(tasks.ok_or(TOO_LARGE)? as u32);
+        let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS * CLUSTER);
+        let tasks = row_tiles.checked_mul(params.max_tiles as usize).filter(|n| *n <= i32::MAX as usize / 4);
+        let blocks = self.blocks.min((tasks.ok_or(TOO_LARGE)? * CLUSTER) as u32);
         let params = GemmParams { row_tiles: row_tiles as i32, ..params };
         let launch = Launch::new(blocks, THREADS as u32).shared(ring.shared as u32).overlap(true);
         // SAFETY: the kernel's only parameter; the rest is the caller's promise.
@@ -307,6 +322,8 @@ const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the 
 /// Where the parts of a workspace lie, in bytes; the list of tiles comes first.
 struct Parts {
     rows: usize,
+    /// The row of each assignment.
+    places: usize,
     /// The tokens as operands.
     x: usize,
     /// The activation's results, as operands of the second projection where nothing is quantised.
@@ -323,20 +340,22 @@ impl Parts {
         let c = &wgmma.config;
         let tokens = tokens.min(wgmma.group());
         let assignments = tokens * c.topk;
+        let count = max_rows(assignments, c.local_experts, ALIGN);
         let [first, down] = &wgmma.inputs;
         let quantised = first.quantizer.is_some();
         let aligned = |n: usize| n.next_multiple_of(128);
         let results = assignments.checked_mul(c.hidden * 2)?;
         let rows = aligned(max_tiles(assignments, c.local_experts, TILES[0]) * TILE_BYTES);
-        let x = aligned(rows + assignments * 4);
-        let after_x = aligned(x + first.bytes(tokens).max(scratch_bytes(assignments, c.local_experts)));
+        let places = aligned(rows + count * 4);
+        let x = aligned(places + assignments * 4);
+        let after_x = aligned(x + first.bytes(count)?.max(scratch_bytes(assignments, c.local_experts)));
         Some(if quantised {
-            let after_middle = aligned(after_x + assignments.checked_mul(wgmma.middle * 2)?);
+            let after_middle = aligned(after_x + count.checked_mul(wgmma.middle * 2)?);
             let second = after_middle.max(aligned(x + results));
-            Self { rows, x, middle: after_x, second, results: x, all: second + down.bytes(assignments) }
+            Self { rows, places, x, middle: after_x, second, results: x, all: second + down.bytes(count)? }
         } else {
             let middle = after_x.max(aligned(x + results));
-            Self { rows, x, middle, second: middle, results: x, all: middle + down.bytes(assignments) }
+            Self { rows, places, x, middle, second: middle, results: x, all: middle + down.bytes(count)? }
         })
     }
 }

@@ -1,6 +1,7 @@
 //! What a call's size and the GPU make of the kernels: a tile and a ring. Pure functions.
 
 use crate::cuda::pack::{Codes, Format, StageScales};
+use crate::cuda::permute::ROW_BYTES;
 use crate::scheme::*;
 
 /// What kernels/wgmma/kind.cuh calls MOE_KIND.
@@ -52,14 +53,20 @@ impl Kind {
 }
 
 /// Tiles that the kernels have entries for, smallest first.
-pub const TILES: [usize; 2] = [64, 128];
-/// Rows of a tile, in slabs.
-pub const SLABS: usize = 12;
-/// A warpgroup that fills the ring and three that multiply.
-pub const THREADS: usize = 512;
-/// Bytes of a token's row in a stage of K.
-pub const STAGE_BYTES: usize = 128;
+pub const TILES: [usize; 3] = [64, 128, 256];
+/// Rows of a block's tile, in slabs.
+pub const SLABS: usize = 4 * MATH_GROUPS;
+const MATH_GROUPS: usize = 2;
+/// Blocks of a cluster, which have neighbouring rows and the same tokens.
+pub const CLUSTER: usize = 2;
+/// A warpgroup that fills the ring and finds out what is needed besides, and those that multiply.
+pub const THREADS: usize = 128 * (1 + MATH_GROUPS);
 const MAX_DEPTH: usize = 16;
+/// Tokens whose results go out at once.
+const PIECE: usize = 32;
+/// Tasks that are known ahead, and those whose facts are.
+const TASKS: usize = 4;
+const FACTS: usize = 2;
 
 /// A block's ring in shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,20 +80,20 @@ pub struct Ring {
 impl Ring {
     /// As deep as `shared` bytes allow; `None` with fewer than three stages.
     pub fn new(kind: Kind, tile: usize, shared: usize) -> Option<Self> {
-        let promoted = matches!(kind, Kind::Fp8 | Kind::Fp8Block);
         let (slab, scales) = if kind == Kind::Fp8Block { (2048 + 64, 4 * tile) } else { (2048, 0) };
-        let width = if promoted { 64 } else { tile };
-        let stage = tile * STAGE_BYTES + SLABS * slab + scales;
-        let rest = 3 * width * 128 + 8 * tile + 2 * 8 * MAX_DEPTH;
+        let stage = tile * ROW_BYTES + SLABS * slab + scales;
+        let staged = MATH_GROUPS * 2 * PIECE * 128;
+        let facts = FACTS * 8 * (tile + 16 * SLABS);
+        let rest = staged + facts + 16 * TASKS + 8 * (2 * MAX_DEPTH + 2 * TASKS + 2 * FACTS);
         let depth = (shared.checked_sub(rest)? / stage).min(MAX_DEPTH);
         (depth >= 3).then_some(Self { depth, shared: rest + depth * stage })
     }
 }
 
-/// The tile for so many assignments to so many experts: the smaller one where most experts' tokens fit it.
+/// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit.
 pub fn tile(assignments: usize, experts: usize) -> usize {
     let mean = assignments as f64 / experts as f64;
-    if mean + mean.sqrt() <= TILES[0] as f64 { TILES[0] } else { TILES[1] }
+    TILES.into_iter().find(|tile| mean + mean.sqrt() <= *tile as f64).unwrap_or(TILES[TILES.len() - 1])
 }
 
 #[cfg(test)]
@@ -152,7 +159,7 @@ mod tests {
     #[test]
     fn tiles_grow_with_the_tokens_of_an_expert() {
         for (tokens, experts, topk, want) in
-            [(1, 1, 1, 64), (256, 128, 8, 64), (1024, 128, 8, 128), (4096, 128, 8, 128), (256, 8, 2, 128)]
+            [(1, 1, 1, 64), (256, 128, 8, 64), (1024, 128, 8, 128), (4096, 128, 8, 256), (256, 8, 2, 128)]
         {
             assert_eq!(tile(tokens * topk, experts), want, "{tokens} {experts}");
         }
@@ -163,12 +170,14 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let task = include_str!("../../../kernels/wgmma/task.cuh");
         for text in [
-            "kWarpgroup = 128, kMathGroups = 3,",
-            "kSlabs = 4 * kMathGroups;",
+            "kWarpgroup = 128, kMathGroups = 2,",
+            "kSlabs = 4 * kMathGroups, kRows = 16 * kSlabs;",
+            "kCluster = 2;",
             "kMaxDepth = 16;",
-            "kChunks = kPromoted && kN > 64 ? 2 : 1",
-            "kStaged = kWidth * 128;",
-            "kFacts = 8 * kN;",
+            "kPiece = 32;",
+            "kTasks = 4, kFacts = 2;",
+            "kStaged = 2 * kPiece * 128;",
+            "kFactBytes = 8 * (kN + kRows);",
         ] {
             assert!(task.contains(text), "{text}");
         }

@@ -1,0 +1,112 @@
+// Three warps that find out ahead of time what the others would have to wait for: the block's tasks, and what is needed to
+// make results of their sums.
+#pragma once
+#include "task.cuh"
+
+namespace moe {
+
+// What a column's sums are multiplied by and its row of the result, or what a row's are and what is added.
+struct Fact {
+    float factor;
+    uint32_t other;
+};
+__device__ __forceinline__ void write_fact(uint32_t at, float factor, uint32_t other) {
+    store_8(at, make_uint2(__float_as_uint(factor), other));
+}
+__device__ __forceinline__ Fact read_fact(uint32_t at) {
+    const uint2 v = read_shared<uint2>(at);
+    return {__uint_as_float(v.x), v.y};
+}
+
+// The next task, by all lanes of a warp.
+template <int kN>
+__device__ __forceinline__ Task take(const Layout<kN>& memory, Place& place, int lane) {
+    barrier_wait(memory.task_full(place.at), place.round);
+    const uint4 v = read_shared<uint4>(memory.task(place.at));
+    warp_arrive(memory.task_free(place.at), lane);
+    place.next(kTasks);
+    const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };
+    return {number(v.x), number(v.y), number(v.z), number(v.w)};
+}
+
+// By a warp. The list of tiles is of a grid that ended before the one ahead was let past its own wait.
+template <int kN>
+__device__ __forceinline__ void schedule(const GemmParams& p, const Layout<kN>& memory, int lane) {
+    Place place;
+    for (int n = 0;; n++, place.next(kTasks)) {
+        const Task task = task_of(p, n);
+        barrier_wait(memory.task_free(place.at), place.round ^ 1);
+        if (lane == 0) {
+            store_16(memory.task(place.at), make_uint4(task.expert, task.start, task.count, task.row_tile));
+            barrier_arrive(memory.task_full(place.at));
+        }
+        if (task.expert < 0) break;
+    }
+}
+
+// By a warp: of up to kEach times 32 columns, whose loads are under way together.
+template <int kEach>
+__device__ __forceinline__ void find_columns(const GemmParams& p, const Task& task, int first, uint32_t to, int lane) {
+    const bool scaled = !kBlockScales && p.scales != nullptr, assigned = p.kind == kSecond || p.routing != nullptr;
+    int assignment[kEach];
+    float factor[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int column = first + 32 * i + lane, row = task.start + column;
+        const bool exists = column < task.count;
+        assignment[i] = exists && assigned ? __ldcg(p.rows + row) : 0;
+        factor[i] = exists && scaled ? p.scale * __ldcg(p.scales + row) : p.scale;
+    }
+    if (p.routing != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            if (first + 32 * i + lane < task.count) factor[i] *= __ldcg(p.routing + assignment[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int column = first + 32 * i + lane;
+        if (column >= task.count) break;
+        write_fact(to + 8 * column, factor[i], p.kind == kSecond ? assignment[i] : task.start + column);
+    }
+}
+
+// By a warp: of rows.
+__device__ __forceinline__ void find_rows(const Matrix& weights, const Task& task, uint32_t to, int lane) {
+    constexpr int kEach = kRows / 32;
+    float factor[kEach], bias[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+        const int row = 32 * i + lane, slab = task.row_tile * kSlabs + row / 16;
+        const bool exists = slab < weights.slabs;
+        const long long at = (static_cast<long long>(task.expert) * weights.slabs + slab) * 16 + row % 16;
+        factor[i] = exists ? __ldg(weights.factors + at) : 0.f;
+        bias[i] = exists && weights.bias != nullptr ? __ldg(weights.bias + at) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; i++) write_fact(to + 8 * (32 * i + lane), factor[i], __float_as_uint(bias[i]));
+}
+
+// By two warps.
+template <int kN, bool kOfColumns>
+__device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>& memory, int lane) {
+    Place tasks, place;
+    wait_for_previous_grid();
+    if (kOfColumns) release_next_grid();
+    for (;; place.next(kFacts)) {
+        const Task task = take(memory, tasks, lane);
+        if (task.expert < 0) break;
+        barrier_wait(memory.facts_free(place.at), place.round ^ 1);
+        const uint32_t to = memory.facts(place.at);
+        if (kOfColumns) {
+            constexpr int kAtOnce = kN < 128 ? kN : 128;
+#pragma unroll 1
+            for (int first = 0; first < task.count; first += kAtOnce) find_columns<kAtOnce / 32>(p, task, first, to, lane);
+        } else {
+            find_rows(p.weights, task, to + 8 * kN, lane);
+        }
+        warp_arrive(memory.facts_full(place.at), lane);
+    }
+}
+
+}  // namespace moe
