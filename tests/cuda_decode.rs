@@ -80,6 +80,25 @@ fn layers_as_large_as_real_ones() {
     }
 }
 
+/// On GPUs with some 132 multiprocessors that have clusters: 180 slabs of the output are too many for a block to each and
+/// too few for two; rows of 14336 do not fit into shared memory.
+#[test]
+fn clusters_share_the_output() {
+    let Some(stream) = gpu::stream() else { return };
+    let odd = config(6, 4, 2880, 416);
+    let odd = MoeConfig { activation: Activation::SWIGLU_OAI, bias: true, ..odd };
+    let wide = config(4, 2, 256, 14336);
+    for (n, alias) in ["Mxfp4W4A16", "Nvfp4W4A16", "Mxfp8W8A16", "Int4G32"].into_iter().enumerate() {
+        for (config, counts) in [(odd, &[2, 4, 5, 8][..]), (wide, &[3, 4, 8])] {
+            let mut rng = Rng(9000 + n as u64);
+            let layer = weights::layer(&mut rng, oracle(alias), config);
+            for &tokens in counts {
+                check(&stream, &layer, &mut rng, tokens, Skew::Zipf);
+            }
+        }
+    }
+}
+
 fn decode(stream: &Stream) -> impl Fn(&Layer, Option<&[i32]>) -> CudaKernel {
     move |layer, map| gpu::kernel(stream, layer, KIND, map)
 }

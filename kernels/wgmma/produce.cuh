@@ -5,10 +5,6 @@
 
 namespace moe {
 
-__device__ __forceinline__ void copy_4(uint32_t to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-
 template <int kN>
 __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& memory) {
     // A thread copies the same chunk of every sixteenth row.
