@@ -3,9 +3,9 @@
 // Tokens are the eight columns of the tensor-core product, weight rows its sixteen rows. The first kernel's blocks take
 // the (expert, slab of gate and up rows) units in turn; a block's warps share a unit's chunks and are ahead in the next
 // units while one of them adds up. The second gives a block to each slab of the output; its warps share all chunks of
-// all chosen experts, so that the sum over a token's experts happens in registers and needs no atomics. Where that leaves
-// multiprocessors idle, or the rows no room, clusters of two take several slabs, a block half of the columns. All add the
-// warps' parts in one order: same bits always.
+// all chosen experts, so that the sum over a token's experts happens in registers and needs no atomics. Where that
+// leaves multiprocessors idle, or the rows no room, clusters of two take several slabs, a block half of the columns. All
+// add the warps' parts in one order: same bits always.
 #include "decode/digits.cuh"
 #include "decode/jobs.cuh"
 #include "decode/parts.cuh"
@@ -188,8 +188,8 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
     }
 }
 
-// Down, summed over a token's experts. kShared: the blocks of a cluster share several slabs' columns, all warps of a block
-// being one group.
+// Down, summed over a token's experts. kShared: the blocks of a cluster share several slabs' columns, all warps of a
+// block being one group.
 template <Mode kMode, bool kShared>
 __device__ __forceinline__ void second(const DecodeParams& p) {
     constexpr bool kOne = kMode == Mode::kOne, kFar = kMode == Mode::kFar, kDigits = kOne && Q::kDigits;
@@ -297,7 +297,8 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
         copy_4(factors + 4 * i, from);
     }
     // The result that this thread may write, and its bias.
-    const int of = kShared ? thread / 16 / tokens : 0, c = thread / 16 - of * tokens, r = (slab + of) * 16 + thread % 16;
+    const int of = kShared ? thread / 16 / tokens : 0;
+    const int c = thread / 16 - of * tokens, r = (slab + of) * 16 + thread % 16;
     const bool adds = kShared ? of < slabs : thread < 16 * kColumns && c < tokens;
     float bias = 0.f;
     if (adds && part == 0 && p.second.bias != nullptr) {
@@ -351,8 +352,8 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
                 // As if the columns before the block's were there.
                 const int ahead = 2 * skipped, sums_ahead = begin * kSecondStages * S::kGroups * 4;
                 auto column = [&](int c) { return kOne || jobs.has(job, c) ? row(c) : row(jobs.lead[job]); };
-                NearTokens<S> tokens{rows.row(column(g)) - ahead,
-                                     {rows.sums(column(2 * t)) - sums_ahead, rows.sums(column(2 * t + 1)) - sums_ahead}};
+                auto sums_of = [&](int c) { return rows.sums(column(c)) - sums_ahead; };
+                NearTokens<S> tokens{rows.row(column(g)) - ahead, {sums_of(2 * t), sums_of(2 * t + 1)}};
                 run(tokens);
             }
             const uint32_t f = factors + 4 * (at.job * 16 + g);

@@ -1,6 +1,7 @@
-// A lone token's rows as integers, for codes that are integers themselves. The numbers of a stage of 128 columns are counted
-// in units of 2^-22 of the power of two above their largest, and written as three signed digits of base 256, for which the
-// product has columns to spare. Products of digits and codes are exact, and half as many; four bits make bytes by a mask.
+// A lone token's rows as integers, for codes that are integers themselves. The numbers of a stage of 128 columns are
+// counted in units of 2^-22 of the power of two above their largest, and written as three signed digits of base 256, for
+// which the product has columns to spare. Products of digits and codes are exact, and half as many; four bits make bytes
+// by a mask.
 #pragma once
 #include "params.cuh"
 
@@ -25,7 +26,7 @@ struct Digits {
         return {row(i) + min(g, 2) * stride + 32 * t, units(i), sums(i)};
     }
 
-    // Half a warp's, but of both halves at once: eight columns a lane, which `x` holds, of a row's stage, if there is one.
+    // Half a warp's, but of both halves at once: eight columns a lane, which `x` holds, of a row's stage, if it exists.
     __device__ __forceinline__ void write(int i, int stage, uint4 x, bool exists) const {
         const int lane = threadIdx.x & 15;
         float v[8];
@@ -39,8 +40,8 @@ struct Digits {
         for (int j = 0; j < 8; j++) most = max(most, __float_as_uint(v[j]) & 0x7fffffffu);
 #pragma unroll
         for (int d = 1; d < 16; d *= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
-        // Tiny stages are counted in units that are numbers.
-        const uint32_t exponent = max(most >> 23, 40u);
+        // Of tiny stages the units are numbers, too.
+        const uint32_t exponent = max(most >> 23, 22u);
         const float times = __uint_as_float((275 - exponent) << 23);
         int sum = 0;
         uint32_t digits[8];

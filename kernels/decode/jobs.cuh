@@ -34,8 +34,8 @@ __device__ __forceinline__ void collect(const DecodeParams& p, int token, Jobs<t
     __syncthreads();
 }
 
-// For p.tokens tokens, not one, in the order of their first pairs, of which a warp's lanes have one each: without the block's
-// barriers and in little code, which comes slowly when it runs for the first time. Ends with a barrier of the block.
+// For p.tokens tokens, in the order of their first pairs, of which a warp's lanes have one each: in little code, which
+// comes slowly when it runs for the first time, and without barriers but the block's at the end.
 __device__ __forceinline__ void collect_few(const DecodeParams& p, Jobs<false>& jobs) {
     if (threadIdx.x < 32) {
         const int i = threadIdx.x, n = p.tokens * p.topk;

@@ -198,6 +198,7 @@ impl Sizes {
             0..=2 => 2,
             3..=8 if self.format.codes.words() == 1 => 8,
             3..=8 => 2,
+            17.. if self.format.codes == Codes::E2m1 && chunks >= 16 => 8,
             _ => 4,
         };
         let of = |warps: usize, depth: usize, blocks: usize| {
@@ -217,7 +218,9 @@ impl Sizes {
         };
         let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
         let digits = place == Place::One && has_digits(self.format);
-        let deep = if place == Place::One && (half || digits && each <= 8) { 3 } else { 2 };
+        // Few units of four bits: more of them on their way.
+        let few = self.format.codes.words() == 1 && (3..=8).contains(&each) || digits && each <= 2;
+        let deep = if place == Place::One && (half || few) { 3 } else { 2 };
         // Twice the warps pay for some formats where a lone token's units are long, and so few or so many that none is left
         // over.
         let first_try = match place {
@@ -240,7 +243,7 @@ impl Sizes {
         // they are short and two would not come to the multiprocessors at once.
         let half = self.format.codes == Codes::Half;
         let few = if half && place != Place::One { 2 * gpu.multiprocessors } else { gpu.multiprocessors };
-        let short = place == Place::One && chunks <= WARPS && self.format.codes.words() > 1;
+        let short = place == Place::One && chunks <= WARPS && !has_digits(self.format);
         let groups = match self.second_slabs {
             n if n <= few => 1,
             n if n > 2 * gpu.multiprocessors && short => 4,

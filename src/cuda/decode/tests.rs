@@ -103,6 +103,7 @@ fn few_units_are_spread_and_the_second_kernel_starts_behind_most_loads() {
     let fp8 = (Codes::E4m3, StageScales::None);
     // 768 units, a block for every multiprocessor: one to each of 1056 groups, or three to each of 264.
     let (four, eight) = (plan(INT4, QWEN3, 1), plan(fp8, QWEN3, 1));
+    assert_eq!((four.first.depth, plan(INT4, DEEPSEEK_TP8, 1).first.depth, eight.first.depth), (3, 3, 2));
     assert_eq!((four.first_blocks, four.first.groups(), four.spread, four.release), (132, 8, true, 0));
     assert_eq!((eight.first_blocks, eight.first.groups(), eight.spread, eight.release), (132, 2, true, 2));
     // 14336 units: neighbours in memory stay together.
