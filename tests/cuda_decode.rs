@@ -80,6 +80,48 @@ fn layers_as_large_as_real_ones() {
     }
 }
 
+/// A lone token's numbers are counted in units of their stages' largest: of any size, and beside one that is much larger.
+#[test]
+fn a_lone_token_of_any_size() {
+    let Some(stream) = gpu::stream() else { return };
+    for (n, alias) in ["Int4", "Int4Asym", "Int4G32", "Int4G32Asym"].into_iter().enumerate() {
+        let mut rng = Rng(7000 + n as u64);
+        let layer = weights::layer(&mut rng, oracle(alias), config(5, 3, 1088, 416));
+        let kernel = gpu::kernel(&stream, &layer, KIND, None);
+        for scale in [-45, -20, 0, 30] {
+            let mut x = hidden(&mut rng, 1, &layer.config);
+            x.iter_mut().for_each(|v| *v *= 2f32.powi(scale));
+            x[200] *= 1024.0;
+            let (ids, routing) = route(&mut rng, 1, &layer.config, Skew::Uniform);
+            let call = gpu::Call::new(&stream, &kernel, &x, &ids, &routing);
+            call.launch(&stream, &kernel);
+            let have = gpu::values(layer.config.input, &call.output_bits(&stream));
+            let want = reference::Reference::new(&layer, None).forward(&x, &ids, &routing, None);
+            let error = relative_error(&have, &want);
+            assert!(error < packed::bound(layer.config.input), "{alias}, 2^{scale}: {error:e}");
+        }
+    }
+}
+
+/// On GPUs with some 132 multiprocessors that have clusters: 180 slabs of the output are too many for a block to each and
+/// too few for two; rows of 14336 do not fit into shared memory.
+#[test]
+fn clusters_share_the_output() {
+    let Some(stream) = gpu::stream() else { return };
+    let odd = config(6, 4, 2880, 416);
+    let odd = MoeConfig { activation: Activation::SWIGLU_OAI, bias: true, ..odd };
+    let wide = config(4, 2, 256, 14336);
+    for (n, alias) in ["Mxfp4W4A16", "Nvfp4W4A16", "Mxfp8W8A16", "Int4G32"].into_iter().enumerate() {
+        for (config, counts) in [(odd, &[2, 4, 5, 8][..]), (wide, &[3, 4, 8])] {
+            let mut rng = Rng(9000 + n as u64);
+            let layer = weights::layer(&mut rng, oracle(alias), config);
+            for &tokens in counts {
+                check(&stream, &layer, &mut rng, tokens, Skew::Zipf);
+            }
+        }
+    }
+}
+
 fn decode(stream: &Stream) -> impl Fn(&Layer, Option<&[i32]>) -> CudaKernel {
     move |layer, map| gpu::kernel(stream, layer, KIND, map)
 }

@@ -42,6 +42,9 @@ struct Bf16 {
     static __device__ __forceinline__ float sum_of(uint32_t pair) {
         return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000u);
     }
+    static __device__ __forceinline__ float2 to_floats(uint32_t pair) {
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    }
     static __device__ __forceinline__ T from_float(float x) { return __float2bfloat16_rn(x); }
     // The same for what is not a result yet.
     static __device__ __forceinline__ T between(float x) { return from_float(x); }
@@ -73,6 +76,9 @@ struct F16 {
     static __device__ __forceinline__ float sum_of(uint32_t pair) {
         const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&pair));
         return f.x + f.y;
+    }
+    static __device__ __forceinline__ float2 to_floats(uint32_t pair) {
+        return __half22float2(*reinterpret_cast<const __half2*>(&pair));
     }
     static __device__ __forceinline__ T from_float(float x) { return __float2half_rn(x); }
     // For what is not a result yet: beyond the range of f16 its largest value, not infinity.

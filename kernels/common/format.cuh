@@ -24,6 +24,7 @@ __device__ __forceinline__ uint32_t word(const uint4& w, int i) {
 // bf16 or f16 as they are.
 template <class C>
 struct Codes16 {
+    static constexpr bool kDigits = false;
     static constexpr int kWords = 4;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = false;
@@ -36,6 +37,7 @@ struct Codes16 {
 // included. A word's bytes are plain codes, which the tensor cores of Hopper multiply as they are.
 template <class C>
 struct CodesE4m3 {
+    static constexpr bool kDigits = false;
     static constexpr int kWords = 2;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = C::kBf16;
@@ -54,6 +56,7 @@ struct CodesE4m3 {
 // int8, two's complement, exact in either type. Unsigned codes are stored less 128.
 template <class C>
 struct CodesInt8 {
+    static constexpr bool kDigits = false;
     static constexpr int kWords = 2;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = false;
@@ -77,6 +80,7 @@ struct CodesInt8 {
 // u4: register i takes nibble i of either half, into the mantissa of a number whose last place is 1.
 template <class C>
 struct CodesU4 {
+    static constexpr bool kDigits = true;
     static constexpr int kWords = 1;
     static constexpr float kOffset = C::kBf16 ? 128.f : 1024.f;
     static constexpr bool kLift = false;
@@ -93,6 +97,7 @@ struct CodesU4 {
 // bits of bf16 that is the value times 2^-126; moved by three places, in f16, times 2^-14.
 template <class C>
 struct CodesE2m1 {
+    static constexpr bool kDigits = false;
     static constexpr int kWords = 1;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = C::kBf16;

@@ -36,6 +36,22 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same of 4 bytes, not past L1; before Hopper, where the rings count such copies, at once.
+__device__ __forceinline__ void copy_4(uint32_t to, const void* from) {
+#if MOE_BULK
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+    asm volatile("{\n.reg .u32 v;\nld.global.u32 v, [%1];\nst.shared.u32 [%0], v;\n}" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
+// Waits for all of this thread's copies of 4 bytes.
+__device__ __forceinline__ void wait_for_small_copies() {
+#if MOE_BULK
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // One arrival at `barrier` when this thread's copies so far are there; the barrier's count includes it.
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -76,6 +92,19 @@ __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarri
 // One arrival, and `bytes` to wait for.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// A barrier of a cluster's blocks, of every thread: barriers initialised before an arrival are known behind the wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+// Writes to another block's shared memory, to the place that is `at` here, and tells its barrier that 4 bytes are there.
+__device__ __forceinline__ void store_4_remote(uint32_t at, uint32_t v, uint32_t barrier, int block) {
+    asm volatile(
+        "{\n.reg .u32 there, told;\nmapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 told, %2, %3;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %1, [told];\n}" ::"r"(at),
+        "r"(v), "r"(barrier), "r"(block)
+        : "memory");
 }
 #endif
 

@@ -34,7 +34,7 @@ constexpr uint32_t kLiftPair = 0x67806780u;
 // Columns far away, in global memory: every chunk's part is loaded before the wait for the chunk's weights.
 template <class C, class Q, class S, int kStages, bool kLift>
 struct FarTokens {
-    static constexpr bool kPrepared = false;
+    static constexpr bool kPrepared = false, kDigits = false;
     const char* row;  // the lane's column; null for zeros
     int length;       // elements that exist
     Operand o[kStages][2];
@@ -79,7 +79,7 @@ struct FarTokens {
 // Columns in shared memory, prepared (decode/tokens.cuh): whole blocks, lifted, with the sums of their scale groups.
 template <class S>
 struct NearTokens {
-    static constexpr bool kPrepared = true;
+    static constexpr bool kPrepared = true, kDigits = false;
     uint32_t row;      // the lane's column
     uint32_t sums[2];  // of the columns whose results the lane holds
 
@@ -106,6 +106,24 @@ struct NearTokens {
     __device__ __forceinline__ float sum(int column, int group) const {
         return read_float(sums[column] + 4 * group);
     }
+};
+
+// c += a (16 rows x 32, unsigned bytes) * b (32 x 8 columns, signed bytes), in the register layout of the instruction.
+__device__ __forceinline__ void mma_u8_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A lone token in shared memory, as three signed digits of base 256 (decode/digits.cuh), of which columns 0, 1 and 3 of
+// the product hold one each.
+struct DigitTokens {
+    static constexpr bool kPrepared = true, kDigits = true;
+    uint32_t row;    // the lane's digit, and its columns of a stage
+    uint32_t units;  // of a stage: what the first digit counts
+    uint32_t sums;   // of a scale group, in those units
+
+    __device__ __forceinline__ void load(int, int) {}
 };
 
 // A warp's ring, whose places hold chunks of kStages stages. Behind a chunk's weights there is room for kExtra bytes.
@@ -252,6 +270,48 @@ struct Ring {
         if constexpr (S::kGroups == 1) scale_group(0);
     }
 
+    // The same of a lone token's digits: exact products of integers. Four-bit codes are bytes without more than a mask; row
+    // g + 8's are 16 times as large. acc: (row g, columns 2 t and 2 t + 1), (row g + 8, the same).
+    template <int kBlocks, class X>
+    static __device__ __forceinline__ void multiply_digits(uint32_t at, const Matrix& m, const X& tokens, int stage, int lane,
+                                                           float (&acc)[4]) {
+        constexpr int kProducts = 4 / S::kGroups;  // of a scale group
+        uint32_t scales[S::kRegisters + 1];
+        read_scales(at + kBlocks * Bytes::kCodes + (lane >> 2) * (4 * S::kRegisters), scales);
+        const float unit = read_float(tokens.units + 4 * stage);
+        uint4 w[kBlocks], x[kBlocks];
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+            w[b] = read_shared<uint4>(at + lane * 16 + b * Bytes::kCodes);
+            x[b] = read_shared<uint4>(tokens.row + stage * kStage + 16 * b);
+        }
+        int part[4] = {0, 0, 0, 0};
+        auto scale_group = [&](int i) {
+            float scale[2], zero[2] = {8.f, 8.f};
+            S::get(scales, i, m.scale_bf16, scale, zero);
+            const float sum = read_float(tokens.sums + 4 * (stage * S::kGroups + i));
+            scale[0] *= unit, scale[1] *= unit * 0.0625f, zero[1] *= 16.f;
+            acc[0] = fmaf(fmaf(-zero[0], sum, (float)part[0]), scale[0], acc[0]);
+            acc[1] = fmaf((float)part[1], scale[0], acc[1]);
+            acc[2] = fmaf(fmaf(-zero[1], sum, (float)part[2]), scale[1], acc[2]);
+            acc[3] = fmaf((float)part[3], scale[1], acc[3]);
+            part[0] = part[1] = part[2] = part[3] = 0;
+        };
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const uint32_t v = word(w[b], 2 * j), u = word(w[b], 2 * j + 1);
+                const uint32_t a[4] = {v & 0x0f0f0f0fu, v & 0xf0f0f0f0u, u & 0x0f0f0f0fu, u & 0xf0f0f0f0u};
+                mma_u8_s8(part, a, word(x[b], 2 * j), word(x[b], 2 * j + 1));
+                if constexpr (S::kGroups > 1) {
+                    if ((2 * b + j + 1) % kProducts == 0) scale_group((2 * b + j) / kProducts);
+                }
+            }
+        }
+        if constexpr (S::kGroups == 1) scale_group(0);
+    }
+
     // One chunk: waits for it and multiplies. The place is to be left then.
     template <bool kOne, class X>
     __device__ __forceinline__ void turn(const Matrix& m, int chunk, X& tokens, int lane, float (&acc)[4]) const {
@@ -263,7 +323,13 @@ struct Ring {
 #pragma unroll(X::kPrepared ? 1 : kStages)
         for (int f = 0; f < kStages; f++) {
             const int stage = chunk * kStages + f, blocks = m.blocks - 2 * stage;
-            if (blocks >= 2) {
+            if constexpr (X::kDigits) {
+                if (blocks >= 2) {
+                    multiply_digits<2>(at + f * Bytes::kAll, m, tokens, stage, lane, acc);
+                } else if (blocks == 1) {
+                    multiply_digits<1>(at + f * Bytes::kAll, m, tokens, stage, lane, acc);
+                }
+            } else if (blocks >= 2) {
                 multiply<kOne, 2>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);
             } else if (blocks == 1) {
                 multiply<kOne, 1>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);

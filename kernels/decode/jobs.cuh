@@ -34,8 +34,39 @@ __device__ __forceinline__ void collect(const DecodeParams& p, int token, Jobs<t
     __syncthreads();
 }
 
+// For p.tokens tokens, in the order of their first pairs, of which a warp's lanes have one each: in little code, which
+// comes slowly when it runs for the first time, and without barriers but the block's at the end.
+__device__ __forceinline__ void collect_few(const DecodeParams& p, Jobs<false>& jobs) {
+    if (threadIdx.x < 32) {
+        const int i = threadIdx.x, n = p.tokens * p.topk;
+        const unsigned before = (1u << i) - 1;
+        int id = ~i, expert = -1;  // no two lanes without a pair are alike
+        if (i < n) {
+            id = p.ids[i], expert = local_expert(p, id);
+            jobs.weight[i] = p.weights[i];
+        }
+        const int token = i / p.topk, slot = i - token * p.topk;
+        unsigned same = __match_any_sync(~0u, id);
+        // A token's pairs before this one that name its expert, too.
+        const int nth = __popc(same & before & ~((1u << (i - slot)) - 1));
+        if (__any_sync(~0u, nth > 0)) same &= __match_any_sync(~0u, nth);
+        const bool leads = expert >= 0 && (same & before) == 0;
+        const unsigned leaders = __ballot_sync(~0u, leads);
+        const int at = __shfl_sync(~0u, __popc(leaders & before), __ffs(same) - 1);
+        if (leads) {
+            jobs.expert[at] = expert, jobs.lead[at] = token;
+            *reinterpret_cast<uint2*>(jobs.slot[at]) = make_uint2(~0u, ~0u);
+        }
+        if (i == 0) jobs.count = __popc(leaders);
+        __syncwarp();
+        if (expert >= 0) jobs.slot[at][token] = slot;
+    }
+    __syncthreads();
+}
+
 // For p.tokens tokens, in the order of their first pairs. Of kMaxItems threads or more; ends with a barrier of the block.
 __device__ __forceinline__ void collect(const DecodeParams& p, Jobs<false>& jobs) {
+    if (p.tokens * p.topk <= 32) return collect_few(p, jobs);
     __shared__ int ids[kMaxItems];
     __shared__ __align__(16) unsigned keys[kMaxItems];
     __shared__ unsigned leaders[kMaxItems / 32];

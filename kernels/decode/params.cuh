@@ -41,9 +41,11 @@ struct DecodeParams {
     // Whether the groups of the first kernel's blocks take units a grid apart, else neighbours; and sending for
     // which of its units a group lets the second kernel start.
     int spread, release;
+    // Slabs that a cluster of the second kernel takes, and its blocks, as a power of two, which share their columns.
+    int second_each, second_parts;
 };
 // src/cuda/decode.rs has the same.
-static_assert(sizeof(DecodeParams) == 208, "");
+static_assert(sizeof(DecodeParams) == 216, "");
 
 // The local expert of a global id, -1 if it is not here.
 __device__ __forceinline__ int local_expert(const DecodeParams& p, int id) {

@@ -8,6 +8,8 @@ namespace moe {
 struct Group {
     int number, rank, size, count;  // of the block's groups, of the group's warps
 
+    __device__ __forceinline__ Group(int number, int rank, int size, int count)
+        : number(number), rank(rank), size(size), count(count) {}
     __device__ __forceinline__ Group(int warp, int split) {
         number = warp >> split, rank = warp & ((1 << split) - 1), size = 1 << split;
         count = (blockDim.x >> 5) >> split;
@@ -56,13 +58,17 @@ struct Parts {
 // lanes write to different banks.
 constexpr int kColumnStride = 20;
 
-// A warp's accumulators, by columns.
+// A warp's accumulators, by columns, the first `columns` of them.
 template <bool kOne>
-__device__ __forceinline__ void write_columns(uint32_t at, int lane, const float (&acc)[4]) {
+__device__ __forceinline__ void write_columns(uint32_t at, int lane, int columns, const float (&acc)[4]) {
     const int g = lane >> 2, t = lane & 3;
     const uint32_t even = at + 4 * (g + 2 * t * kColumnStride), odd = even + 4 * kColumnStride;
-    if (!kOne || t == 0) store_4(even, __float_as_uint(acc[0])), store_4(even + 32, __float_as_uint(acc[2]));
-    if (!kOne) store_4(odd, __float_as_uint(acc[1])), store_4(odd + 32, __float_as_uint(acc[3]));
+    if (kOne ? t == 0 : 2 * t < columns) {
+        store_4(even, __float_as_uint(acc[0])), store_4(even + 32, __float_as_uint(acc[2]));
+    }
+    if (!kOne && 2 * t + 1 < columns) {
+        store_4(odd, __float_as_uint(acc[1])), store_4(odd + 32, __float_as_uint(acc[3]));
+    }
 }
 
 }  // namespace moe

@@ -8,12 +8,12 @@ template <class C, class Q, class S, bool kLift>
 struct Rows {
     static constexpr int kGroups = S::kGroups == 0 ? 1 : S::kGroups;  // per stage
     uint32_t barrier, rows;
-    int blocks, length, stride, sum_stride, count;
+    int blocks, length, stride, sum_stride, count, pitch;
 
-    // `count` rows of `length` elements (a multiple of 8), padded to `blocks` blocks. src/cuda/decode/plan.rs reckons the
-    // same.
-    __device__ __forceinline__ Rows(uint32_t at, int blocks, int length, int count)
-        : barrier(at), rows(at + 16), blocks(blocks), length(length), count(count) {
+    // `count` rows of `length` elements (a multiple of 8), padded to `blocks` blocks; in global memory they are `pitch`
+    // apart. src/cuda/decode/plan.rs reckons the same.
+    __device__ __forceinline__ Rows(uint32_t at, int blocks, int length, int count, int pitch)
+        : barrier(at), rows(at + 16), blocks(blocks), length(length), count(count), pitch(pitch) {
         // Off a multiple of 128 bytes, so that two rows lie in different banks.
         stride = blocks * 128 + 64;
         sum_stride = (blocks + 1) / 2 * kGroups * 4;
@@ -21,6 +21,7 @@ struct Rows {
 
     __device__ __forceinline__ uint32_t row(int i) const { return rows + i * stride; }
     __device__ __forceinline__ uint32_t sums(int i) const { return rows + count * stride + i * sum_stride; }
+    __device__ __forceinline__ uint32_t end() const { return sums(count); }
 
     // Before the first kernel's rows are sent for: zeros behind them, and the barrier. The whole block's; a barrier of the
     // block must follow before `prepare`.
@@ -47,27 +48,31 @@ struct Rows {
             const int lane = threadIdx.x & 31;
             if (lane == 0) barrier_expect(barrier, bytes * count);
             __syncwarp();
-            for (int i = lane; i < count; i += 32) copy_bulk(row(i), from + (long long)i * length, bytes, barrier);
+            for (int i = lane; i < count; i += 32) copy_bulk(row(i), from + (long long)i * pitch, bytes, barrier);
         }
 #else
         for (int i = 0; i < count; i++) {
             for (int b = threadIdx.x * 16; b < bytes; b += blockDim.x * 16) {
-                copy_16(row(i) + b, reinterpret_cast<const char*>(from + (long long)i * length) + b);
+                copy_16(row(i) + b, reinterpret_cast<const char*>(from + (long long)i * pitch) + b);
             }
         }
         commit_copies();
 #endif
     }
 
-    // Waits for the rows, where at most `later` groups of copies were committed since, and makes them what NearTokens
-    // wants: lifted, summed up. The whole block's.
-    __device__ __forceinline__ void prepare(int later) const {
+    // Waits for the rows, where at most `later` groups of copies were committed since.
+    __device__ __forceinline__ void wait(int later) const {
 #if MOE_BULK
         barrier_wait(barrier, 0);
 #else
         wait_for_copies(later);
         __syncthreads();
 #endif
+    }
+
+    // And makes them what NearTokens wants: lifted, summed up. The whole block's.
+    __device__ __forceinline__ void prepare(int later) const {
+        wait(later);
         if constexpr (kLift) {
             for (int i = 0; i < count; i++) {
 #pragma unroll 1
@@ -122,7 +127,7 @@ struct Rows {
 #pragma unroll
         for (int b = 0; b < kBatch; b++) {
             const bool exists = w.row < count;
-            w.from[b] = exists && 8 * w.vector < length ? (w.row * length + 8 * w.vector) * 2 : -1;
+            w.from[b] = exists && 8 * w.vector < length ? (w.row * pitch + 8 * w.vector) * 2 : -1;
             w.to[b] = exists && w.vector < blocks * 8 ? row(w.row) + 16 * w.vector : 0;
             w.sum[b] = exists && threadIdx.x % kLanes == 0 ? sums(w.row) + w.vector / kLanes * 4 : 0;
             w.row += w.rows, w.vector += w.vectors;

@@ -47,11 +47,13 @@ struct Params {
     second_split: i32,
     spread: i32,
     release: i32,
+    second_each: i32,
+    second_parts: i32,
     _pad: i32,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<Params>() == 208);
+const _: () = assert!(size_of::<Params>() == 216);
 
 /// A layer's experts, packed and on the device, with their kernels.
 pub struct Decode {
@@ -71,6 +73,8 @@ struct Kernels {
     one: Kernel,
     near: Kernel,
     far: Kernel,
+    /// Of the second one, where there are clusters.
+    shared: Option<Kernel>,
 }
 
 impl Decode {
@@ -93,7 +97,8 @@ impl Decode {
             second_slabs: packed.second.slabs,
         };
         let info = gpu.info();
-        let limits = Limits { multiprocessors: info.sms as usize, shared: info.shared_per_block };
+        let clusters = info.capability >= 90;
+        let limits = Limits { multiprocessors: info.sms as usize, shared: info.shared_per_block, clusters };
         let too_small = CudaError::Argument("this GPU's blocks have too little shared memory for cuda_decode");
         let most = TOKENS.min(MAX_ITEMS / config.topk.max(1));
         let plans: Option<Vec<_>> = (1..=most).map(|n| Plan::new(sizes, limits, n)).collect();
@@ -112,12 +117,14 @@ impl Decode {
             one: load("moe_decode_first_one", near)?,
             near: load("moe_decode_first_near", near)?,
             far: load("moe_decode_first_far", far)?,
+            shared: None,
         };
         let (near, far) = (shared(true, |p| p.second), shared(false, |p| p.second));
         let second_kernels = Kernels {
             one: load("moe_decode_second_one", near)?,
             near: load("moe_decode_second_near", near)?,
             far: load("moe_decode_second_far", far)?,
+            shared: clusters.then(|| load("moe_decode_second_shared", near)).transpose()?,
         };
         Ok(Self {
             first: Projection::new(stream, &packed.first, packed.format)?,
@@ -166,6 +173,8 @@ impl Decode {
             second_split: second.split as i32,
             spread: i32::from(plan.spread),
             release: plan.release as i32,
+            second_each: second.sharing.map_or(1, |s| s.each) as i32,
+            second_parts: second.sharing.map_or(0, |s| s.parts) as i32,
             first: self.first.matrix,
             second: self.second.matrix,
             topk: c.topk as i32,
@@ -256,17 +265,22 @@ impl Decode {
 
     /// Blocks that share the slabs of the output.
     fn second_blocks(&self, shape: &Shape) -> u32 {
-        (self.second.matrix.slabs as usize).div_ceil(shape.groups()) as u32
+        let slabs = self.second.matrix.slabs as usize;
+        match shape.sharing {
+            Some(s) => (slabs.div_ceil(s.each) << s.parts) as u32,
+            None => slabs.div_ceil(shape.groups()) as u32,
+        }
     }
 }
 
 impl Kernels {
     /// The entry for a shape; `lone` if there is one token only.
     fn of(&self, shape: &Shape, lone: bool) -> &Kernel {
-        match (shape.near, lone) {
-            (true, true) => &self.one,
-            (true, false) => &self.near,
-            (false, _) => &self.far,
+        match (shape.near, lone, &self.shared) {
+            (true, true, _) => &self.one,
+            (true, false, Some(shared)) if shape.sharing.is_some() => shared,
+            (true, false, _) => &self.near,
+            (false, _, _) => &self.far,
         }
     }
 }
@@ -281,7 +295,8 @@ unsafe fn launch(
     grid: [u32; 3],
     params: &Params,
 ) -> Result<(), CudaError> {
-    let launch = Launch { grid, ..Launch::new(1, 32 * shape.warps as u32) };
+    let cluster = [shape.sharing.map_or(1, |s| 1 << s.parts), 1, 1];
+    let launch = Launch { grid, cluster, ..Launch::new(1, 32 * shape.warps as u32) };
     // SAFETY: the caller's promise.
     unsafe { launch.shared(shape.shared as u32).overlap(true).run(stream, kernel, &mut [Arg::new(params)]) }
 }

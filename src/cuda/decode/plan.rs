@@ -30,6 +30,8 @@ pub struct Limits {
     pub multiprocessors: usize,
     /// Bytes of shared memory that a block may have, static and dynamic together; a multiprocessor has little more.
     pub shared: usize,
+    /// Whether blocks can form clusters.
+    pub clusters: bool,
 }
 
 /// How one of the two kernels is launched.
@@ -45,6 +47,17 @@ pub struct Shape {
     pub shared: usize,
     /// The tokens' rows are in shared memory.
     pub near: bool,
+    /// Where clusters share slabs of the output.
+    pub sharing: Option<Sharing>,
+}
+
+/// How clusters of the second kernel take the output: their blocks share the columns of some slabs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sharing {
+    /// Slabs of a cluster.
+    pub each: usize,
+    /// Its blocks, as a power of two.
+    pub parts: u32,
 }
 
 impl Shape {
@@ -102,6 +115,17 @@ fn rows(format: Format, blocks: usize, count: usize) -> usize {
     16 + count * (blocks * 128 + 64 + blocks.div_ceil(2) * format.scales.groups().max(1) * 4)
 }
 
+/// As `Digits` of kernels/decode/digits.cuh: three digits a column, off a multiple of 128 bytes; units, sums.
+fn digit_rows(format: Format, blocks: usize, count: usize) -> usize {
+    let stages = blocks.div_ceil(2);
+    count * (3 * (stages * 128 + 16) + stages * (1 + format.scales.groups().max(1)) * 4).next_multiple_of(16)
+}
+
+/// Whether a lone token is multiplied as integers: kDigits of kernels/common/format.cuh.
+fn has_digits(format: Format) -> bool {
+    format.codes == Codes::U4
+}
+
 /// The first kernel's part of a plan.
 struct First {
     shape: Shape,
@@ -115,15 +139,39 @@ impl Sizes {
         let ring = depth * (chunk(self.format, first_stages(self.format, place)) + 128 + 16);
         let part = if place == Place::One { 8 } else { 16 };
         let parts = if split == 0 { 0 } else { 2 * warps * 32 * part };
-        let rows = if place == Place::Far { 0 } else { rows(self.format, self.first_blocks, tokens) };
+        let rows = match place {
+            Place::Far => 0,
+            Place::One if has_digits(self.format) => {
+                // The token as it came, too.
+                rows(self.format, self.first_blocks, 1).next_multiple_of(16)
+                    + digit_rows(self.format, self.first_blocks, 1)
+            }
+            _ => rows(self.format, self.first_blocks, tokens),
+        };
         warps * ring + parts + rows
     }
 
     fn second_shared(&self, place: Place, tokens: usize, warps: usize, depth: usize, split: u32) -> usize {
         let ring = depth * (chunk(self.format, second_stages(self.format)) + 16);
         let pairs = tokens * self.topk;
-        let rows = if place == Place::Far { 0 } else { rows(self.format, self.second_blocks, pairs) };
+        let rows = match place {
+            Place::Far => 0,
+            Place::One if has_digits(self.format) => digit_rows(self.format, self.second_blocks, pairs),
+            _ => rows(self.format, self.second_blocks, pairs),
+        };
         warps * ring + (warps >> split) * pairs * 64 + rows
+    }
+
+    /// The same where clusters share slabs: a job's weights take 16 bytes more, a warp's sums of a token 80.
+    fn shared_shared(&self, tokens: usize, warps: usize, depth: usize, sharing: Sharing) -> usize {
+        let Sharing { each, parts } = sharing;
+        let stages = second_stages(self.format);
+        let ring = depth * (chunk(self.format, stages) + 16);
+        let pairs = tokens * self.topk;
+        let chunks = self.second_blocks.div_ceil(2 * stages).div_ceil(1 << parts);
+        let rows = rows(self.format, (chunks * 2 * stages).min(self.second_blocks), pairs);
+        let others = ((1 << parts) - 1) * warps * 32 * 4;
+        warps * ring + each * pairs * 80 + warps * each * tokens * 80 + others + rows
     }
 
     /// For `tokens` tokens, whose rows are to be in such a place; none if they do not fit there.
@@ -150,6 +198,7 @@ impl Sizes {
             0..=2 => 2,
             3..=8 if self.format.codes.words() == 1 => 8,
             3..=8 => 2,
+            17.. if self.format.codes == Codes::E2m1 && chunks >= 16 => 8,
             _ => 4,
         };
         let of = |warps: usize, depth: usize, blocks: usize| {
@@ -162,17 +211,22 @@ impl Sizes {
             let shared = needed.max(least);
             let fits =
                 shared + STATIC_SHARED <= gpu.shared && blocks * (shared + STATIC_SHARED + BLOCK_SHARED) <= whole;
-            let shape = Shape { warps, depth, split, shared, near: place != Place::Far };
+            let shape = Shape { warps, depth, split, shared, near: place != Place::Far, sharing: None };
             let blocks = blocks * gpu.multiprocessors;
             let release = (units.div_ceil(blocks * shape.groups()) * 2 / 3).min(2);
             fits.then_some(First { shape, blocks, spread: !many && place != Place::Far, release })
         };
         let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
-        let deep = if half && place == Place::One { 3 } else { 2 };
+        let digits = place == Place::One && has_digits(self.format);
+        // Few units of four bits: more of them on their way.
+        let few = self.format.codes.words() == 1 && (3..=8).contains(&each) || digits && each <= 2;
+        let deep = if place == Place::One && (half || few) { 3 } else { 2 };
         // Twice the warps pay for some formats where a lone token's units are long, and so few or so many that none is left
         // over.
         let first_try = match place {
-            Place::One if chunks >= 16 && (each > 16 && self.format.codes.words() != 2 || each <= 2 && half) => {
+            Place::One
+                if chunks >= 16 && !digits && (each > 16 && self.format.codes.words() != 2 || each <= 2 && half) =>
+            {
                 (wish, 2, 2)
             }
             Place::Near if whole_blocks => (wish, 1, if room(2) { 2 } else { 1 }),
@@ -185,10 +239,20 @@ impl Sizes {
 
     fn second(&self, gpu: Limits, place: Place, tokens: usize) -> Option<Shape> {
         let chunks = self.topk * self.second_blocks.div_ceil(2 * second_stages(self.format));
-        // Few slabs: a block to each; else two to a block, which read the tokens' rows once.
+        // Few slabs: a block to each; else two to a block, which read the tokens' rows once; four of a lone token's, where
+        // they are short and two would not come to the multiprocessors at once.
         let half = self.format.codes == Codes::Half;
         let few = if half && place != Place::One { 2 * gpu.multiprocessors } else { gpu.multiprocessors };
-        let groups = if self.second_slabs <= few { 1 } else { 2 };
+        let short = place == Place::One && chunks <= WARPS && !has_digits(self.format);
+        let groups = match self.second_slabs {
+            n if n <= few => 1,
+            n if n > 2 * gpu.multiprocessors && short => 4,
+            _ => 2,
+        };
+        let sharing = if place == Place::Near { self.sharing(gpu, tokens, groups) } else { None };
+        if sharing.is_some() {
+            return sharing;
+        }
         let long = place == Place::One && chunks * groups > 8 * WARPS;
         let deep = if long || half && place != Place::One && groups == 1 { 3 } else { 2 };
         [(WARPS, deep), (WARPS, 2), (WARPS, 1), (WARPS / 2, 2), (WARPS / 2, 1), (4, 1)].into_iter().find_map(
@@ -197,9 +261,43 @@ impl Sizes {
                 let split = (warps / groups).max(4).ilog2();
                 let shared = self.second_shared(place, tokens, warps, depth, split);
                 let near = place != Place::Far;
-                (shared + STATIC_SHARED <= gpu.shared).then_some(Shape { warps, depth, split, shared, near })
+                (shared + STATIC_SHARED <= gpu.shared).then_some(Shape {
+                    warps,
+                    depth,
+                    split,
+                    shared,
+                    near,
+                    sharing: None,
+                })
             },
         )
+    }
+
+    /// Clusters of two for several tokens, where a block to one or two slabs leaves multiprocessors idle, or where four-bit
+    /// codes' rows do not fit beside full rings (wider ones lose nothing by rows in L2).
+    fn sharing(&self, gpu: Limits, tokens: usize, groups: usize) -> Option<Shape> {
+        let parts = 1;
+        let words = self.format.codes.words();
+        let chunks = self.second_blocks.div_ceil(2 * second_stages(self.format));
+        if !gpu.clusters || words > 2 || chunks < 1 << parts {
+            return None;
+        }
+        let idle = groups == 2 && self.second_slabs.div_ceil(groups) * 4 < gpu.multiprocessors * 3;
+        let alone = self.second_shared(Place::Near, tokens, WARPS, 2, (WARPS / groups).ilog2());
+        let crowded = words == 1 && alone + STATIC_SHARED > gpu.shared;
+        if !idle && !crowded {
+            return None;
+        }
+        let sharing = Sharing { each: (self.second_slabs << parts).div_ceil(gpu.multiprocessors), parts };
+        // A thread adds up a result. Rings of one place are worth it where rows in L2 are slowest.
+        let least = if self.format.scales.groups() > 4 { 1 } else { 2 };
+        let of = |depth| {
+            let shared = self.shared_shared(tokens, WARPS, depth, sharing);
+            let fits = shared + STATIC_SHARED <= gpu.shared && 16 * sharing.each * tokens <= 32 * WARPS;
+            let shape = Shape { warps: WARPS, depth, split: WARPS.ilog2(), shared, near: true, sharing: Some(sharing) };
+            fits.then_some(shape)
+        };
+        (least..=2).rev().find_map(of)
     }
 }
 

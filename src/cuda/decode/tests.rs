@@ -3,8 +3,8 @@ use super::super::{FATBINS, NOT_BUILT};
 use super::plan::{Limits, Plan, STATIC_SHARED, Sizes, TOKENS};
 use super::{MAX_EXPERTS, MAX_ITEMS};
 
-const H200: Limits = Limits { multiprocessors: 132, shared: 227 << 10 };
-const ADA: Limits = Limits { multiprocessors: 128, shared: 99 << 10 };
+const H200: Limits = Limits { multiprocessors: 132, shared: 227 << 10, clusters: true };
+const ADA: Limits = Limits { multiprocessors: 128, shared: 99 << 10, clusters: false };
 
 fn sizes(codes: Codes, scales: StageScales, (hidden, intermediate, topk): (usize, usize, usize)) -> Sizes {
     Sizes {
@@ -66,6 +66,35 @@ fn few_units_get_many_warps() {
     assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (2, 132));
     // As many slabs of the output as multiprocessors: a block to each.
     assert_eq!((shape(QWEN3).second.groups(), shape(DEEPSEEK_TP8).second.groups()), (1, 2));
+    let eight_bits = Plan::new(sizes(Codes::E4m3, StageScales::None, DEEPSEEK_TP8), H200, 1).unwrap();
+    assert_eq!(eight_bits.second.groups(), 4, "448 slabs in one go");
+}
+
+#[test]
+fn clusters_where_multiprocessors_would_be_idle_or_rows_have_no_room() {
+    let sharing = |(codes, scales), layer, tokens| {
+        let plan = Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
+        plan.second.sharing.map(|s| (s.each, s.parts, plan.second.depth))
+    };
+    let gpt_oss = (2880, 2880, 4);
+    let (mxfp4, nvfp4) = ((Codes::E2m1, StageScales::E8m0), (Codes::E2m1, StageScales::E4m3));
+    let (mxfp8, fp8) = ((Codes::E4m3, StageScales::E8m0), (Codes::E4m3, StageScales::F32(1)));
+    // 180 slabs: three to two blocks, 120 of them.
+    for format in [mxfp4, nvfp4, mxfp8] {
+        assert_eq!(sharing(format, gpt_oss, 1), None);
+        for tokens in [2, 4, 8] {
+            assert_eq!(sharing(format, gpt_oss, tokens), Some((3, 1, 2)));
+        }
+    }
+    // Half of the rows fit, of up to four tokens; of eight not even that.
+    assert_eq!((sharing(INT4, MIXTRAL, 2), sharing(INT4, MIXTRAL, 4)), (None, Some((4, 1, 2))));
+    assert_eq!((sharing(nvfp4, MIXTRAL, 4), sharing(nvfp4, MIXTRAL, 8)), (Some((4, 1, 1)), None));
+    for layer in [QWEN3, DEEPSEEK_TP8] {
+        assert_eq!(sharing(INT4, layer, 4), None);
+    }
+    assert_eq!(sharing(fp8, MIXTRAL, 4), None);
+    let ada = Plan::new(sizes(mxfp4.0, mxfp4.1, gpt_oss), ADA, 4).unwrap();
+    assert_eq!(ada.second.sharing, None);
 }
 
 #[test]
@@ -74,6 +103,7 @@ fn few_units_are_spread_and_the_second_kernel_starts_behind_most_loads() {
     let fp8 = (Codes::E4m3, StageScales::None);
     // 768 units, a block for every multiprocessor: one to each of 1056 groups, or three to each of 264.
     let (four, eight) = (plan(INT4, QWEN3, 1), plan(fp8, QWEN3, 1));
+    assert_eq!((four.first.depth, plan(INT4, DEEPSEEK_TP8, 1).first.depth, eight.first.depth), (3, 3, 2));
     assert_eq!((four.first_blocks, four.first.groups(), four.spread, four.release), (132, 8, true, 0));
     assert_eq!((eight.first_blocks, eight.first.groups(), eight.spread, eight.release), (132, 2, true, 2));
     // 14336 units: neighbours in memory stay together.
@@ -97,7 +127,7 @@ fn no_multiprocessor_takes_more_blocks_than_planned() {
 
 #[test]
 fn a_plan_without_room_is_none() {
-    let tiny = Limits { multiprocessors: 1, shared: 4 << 10 };
+    let tiny = Limits { multiprocessors: 1, shared: 4 << 10, clusters: true };
     assert_eq!(Plan::new(sizes(INT4.0, INT4.1, QWEN3), tiny, 1), None);
 }
 
