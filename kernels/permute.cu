@@ -164,7 +164,7 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
     const uint4* results = static_cast<const uint4*>(p.results);
     for (int i = blockIdx.y * kCombineThreads + threadIdx.x; i < eights; i += gridDim.y * kCombineThreads) {
         float sum[8] = {};
-#pragma unroll 4
+#pragma unroll 8
         for (int j = 0; j < n; j++) {
             const uint4 v = __ldcg(results + (long long)slots[j] * eights + i);
             const typename C::T* x = reinterpret_cast<const typename C::T*>(&v);

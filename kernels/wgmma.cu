@@ -52,10 +52,10 @@ template <int kN>
 __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<kN>& memory) {
     const int warp = uniform(threadIdx.x >> 5) - 4, lane = threadIdx.x & 31;
     Finish<kN> finish{p, memory, warp / 4, warp % 4, lane};
-    Place place, tasks, facts;
+    Place place;
     Multiply<kN> multiply{p, memory, place, warp, lane};
-    for (;; facts.next(kFacts)) {
-        const Task task = take(memory, tasks, lane);
+    for (int n = 0;; n++) {
+        const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
         Sums<kN> acc;
         int width;
@@ -64,9 +64,10 @@ __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<k
         } else {
             width = sum<kN>(multiply, task.count, acc);
         }
-        barrier_wait(memory.facts_full(facts.at), facts.round);
-        finish.write(acc, task, width, memory.facts(facts.at));
-        warp_arrive(memory.facts_free(facts.at), lane);
+        const int facts = place_of<kFacts>(n);
+        barrier_wait(memory.facts_full(facts), round_of<kFacts>(n));
+        finish.write(acc, task, width, memory.facts(facts));
+        warp_arrive(memory.facts_free(facts), lane);
     }
 }
 

@@ -79,12 +79,35 @@ struct Multiply {
         return at;
     }
 
-    // Sums in place. A stage's products run while the next one's operands are read, and follow those of the last.
+    // Sums in place.
     template <int kW>
     __device__ __forceinline__ void plain(Sums<kN>& acc) {
-        const int stages = stages_of(p);
 #pragma unroll
         for (int i = 0; i < kW / 2; i++) acc[0][i] = 0;
+        // Where the compiler finds no registers for two stages' operands, one by one.
+        if constexpr (kInt8 && kN > 128) {
+            one_by_one<kW>(acc);
+        } else {
+            two_by_two<kW>(acc);
+        }
+    }
+    template <int kW>
+    __device__ __forceinline__ void one_by_one(Sums<kN>& acc) {
+        const int stages = stages_of(p);
+        Operands a;
+        fetch(a, 0);
+#pragma unroll 1
+        for (int stage = 0; stage < stages; stage++) {
+            const int at = begin<kW>(acc, a);
+            products_wait<0>();
+            release(at);
+            if (stage + 1 < stages) fetch(a, stage + 1);
+        }
+    }
+    // A stage's operands are read while the last one's products run.
+    template <int kW>
+    __device__ __forceinline__ void two_by_two(Sums<kN>& acc) {
+        const int stages = stages_of(p);
         Operands even, odd;
         fetch(even, 0);
         int left = stages;

@@ -61,19 +61,17 @@ template <int kN>
 __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& memory, int lane) {
     Produce<kN> producer{p, memory, lane};
     const int stages = stages_of(p);
-    Place place, tasks;
+    Place place;
     // Weights are of no other grid: the first task's go ahead of the wait, as far as the ring takes them.
     int ahead = 0;
-    bool first = true;
-    for (;;) {
-        const Task task = take(memory, tasks, lane);
+    for (int n = 0;; n++) {
+        const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
         producer.begin(task);
-        if (first) {
+        if (n == 0) {
             ahead = min(stages, p.depth);
             for (int stage = 0; stage < ahead; stage++) producer.send_weights(stage, stage);
             wait_for_previous_grid();
-            first = false;
         }
         for (int stage = 0; stage < stages; stage++, place.next(p.depth)) {
             if (ahead > 0) {

@@ -18,13 +18,23 @@ __device__ __forceinline__ Fact read_fact(uint32_t at) {
     return {__uint_as_float(v.x), v.y};
 }
 
-// The next task, by all lanes of a warp.
+// The nth of a queue of kOf: its place, and which time round.
+template <int kOf>
+__device__ __forceinline__ int place_of(int n) {
+    return n % kOf;
+}
+template <int kOf>
+__device__ __forceinline__ uint32_t round_of(int n) {
+    return n / kOf & 1;
+}
+
+// The block's nth task, by all lanes of a warp.
 template <int kN>
-__device__ __forceinline__ Task take(const Layout<kN>& memory, Place& place, int lane) {
-    barrier_wait(memory.task_full(place.at), place.round);
-    const uint4 v = read_shared<uint4>(memory.task(place.at));
-    warp_arrive(memory.task_free(place.at), lane);
-    place.next(kTasks);
+__device__ __forceinline__ Task take(const Layout<kN>& memory, int n, int lane) {
+    const int at = place_of<kTasks>(n);
+    barrier_wait(memory.task_full(at), round_of<kTasks>(n));
+    const uint4 v = read_shared<uint4>(memory.task(at));
+    warp_arrive(memory.task_free(at), lane);
     const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };
     return {number(v.x), number(v.y), number(v.z), number(v.w)};
 }
@@ -32,13 +42,13 @@ __device__ __forceinline__ Task take(const Layout<kN>& memory, Place& place, int
 // By a warp. The list of tiles is of a grid that ended before the one ahead was let past its own wait.
 template <int kN>
 __device__ __forceinline__ void schedule(const GemmParams& p, const Layout<kN>& memory, int lane) {
-    Place place;
-    for (int n = 0;; n++, place.next(kTasks)) {
+    for (int n = 0;; n++) {
         const Task task = task_of(p, n);
-        barrier_wait(memory.task_free(place.at), place.round ^ 1);
+        const int at = place_of<kTasks>(n);
+        barrier_wait(memory.task_free(at), round_of<kTasks>(n) ^ 1);
         if (lane == 0) {
-            store_16(memory.task(place.at), make_uint4(task.expert, task.start, task.count, task.row_tile));
-            barrier_arrive(memory.task_full(place.at));
+            store_16(memory.task(at), make_uint4(task.expert, task.start, task.count, task.row_tile));
+            barrier_arrive(memory.task_full(at));
         }
         if (task.expert < 0) break;
     }
@@ -90,14 +100,14 @@ __device__ __forceinline__ void find_rows(const Matrix& weights, const Task& tas
 // By two warps.
 template <int kN, bool kOfColumns>
 __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>& memory, int lane) {
-    Place tasks, place;
     wait_for_previous_grid();
     if (kOfColumns) release_next_grid();
-    for (;; place.next(kFacts)) {
-        const Task task = take(memory, tasks, lane);
+    for (int n = 0;; n++) {
+        const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
-        barrier_wait(memory.facts_free(place.at), place.round ^ 1);
-        const uint32_t to = memory.facts(place.at);
+        const int at = place_of<kFacts>(n);
+        barrier_wait(memory.facts_free(at), round_of<kFacts>(n) ^ 1);
+        const uint32_t to = memory.facts(at);
         if (kOfColumns) {
             constexpr int kAtOnce = kN < 128 ? kN : 128;
 #pragma unroll 1
@@ -105,7 +115,7 @@ __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>
         } else {
             find_rows(p.weights, task, to + 8 * kN, lane);
         }
-        warp_arrive(memory.facts_full(place.at), lane);
+        warp_arrive(memory.facts_full(at), lane);
     }
 }
 

@@ -9,7 +9,7 @@ use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
-use super::pack::PackedExperts;
+use super::pack::{Codes, PackedExperts};
 use super::projection::{Matrix, Projection};
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
@@ -65,6 +65,7 @@ pub struct Decode {
     plans: Vec<Plan>,
     batched: Plan,
     config: MoeConfig,
+    codes: Codes,
     middle: usize,
 }
 
@@ -78,6 +79,11 @@ struct Kernels {
 }
 
 impl Decode {
+    /// Up to how many tokens these kernels are faster than a grouped GEMM's.
+    pub(super) fn pays_up_to(&self) -> usize {
+        plan::pays_up_to(self.codes, self.config.experts, self.config.topk)
+    }
+
     /// Uploads the packed experts and loads the kernels.
     pub fn new(stream: &Stream, packed: &PackedExperts, config: &MoeConfig) -> Result<Self, CudaError> {
         if config.topk > MAX_TOPK {
@@ -134,6 +140,7 @@ impl Decode {
             plans,
             batched,
             config: *config,
+            codes: packed.format.codes,
             middle: packed.middle,
         })
     }

@@ -65,7 +65,7 @@ pub struct Families {
     pub tile: Option<Tile>,
     /// From so many tokens on `cuda_wgmma` goes to Hopper's own kernels; `usize::MAX` for never.
     pub wgmma_from: usize,
-    /// Their tile: 64 or 128 tokens, instead of the one that suits a call's size.
+    /// Their tile: 64, 128 or 256 tokens, instead of the one that suits a call's size.
     pub wgmma_tile: Option<usize>,
 }
 
@@ -75,7 +75,8 @@ impl Families {
         self.decode_up_to == 0 && (self.wgmma_from <= 1 || self.wgmma_from == usize::MAX)
     }
 
-    /// What suits a layer without Hopper's own kernels. With batch invariance one family has to serve all sizes.
+    /// What suits a layer of any format without Hopper's own kernels; a [`CudaKernel`] begins with what suits its own. With
+    /// batch invariance one family has to serve all sizes.
     pub const fn of(config: &MoeConfig) -> Self {
         Self {
             decode_up_to: if config.batch_invariant { 0 } else { 8 },
@@ -148,8 +149,11 @@ impl CudaKernel {
                     false => None,
                 };
                 let mut families = Families::of(config);
-                if let (Some(wgmma), false) = (&wgmma, config.batch_invariant) {
-                    families.wgmma_from = wgmma.pays_from();
+                if !config.batch_invariant {
+                    if config.format == ActivationFormat::Standard {
+                        families.decode_up_to = decode.pays_up_to();
+                    }
+                    families.wgmma_from = wgmma.as_ref().map_or(usize::MAX, Wgmma::pays_from);
                 }
                 Experts::Mma(mma, decode, wgmma, families)
             }

@@ -17,6 +17,7 @@ mod launch;
 mod memory;
 mod mma;
 mod module;
+mod operands;
 pub mod pack;
 mod permute;
 mod projection;

@@ -3,7 +3,7 @@
 
 use super::launch::{Arg, Launch};
 use super::module::Kernel;
-use super::quantize::OrderedPlanes;
+use super::operands::OrderedPlanes;
 use super::{CudaError, Gpu, Stream};
 use crate::config::{InputType, MoeConfig};
 

@@ -9,7 +9,6 @@
 use super::launch::{Arg, Launch};
 use super::memory::DevicePtr;
 use super::module::Kernel;
-use super::permute::ROW_BYTES;
 use super::{CudaError, Gpu, Stream};
 use crate::config::InputType;
 use crate::scheme::*;
@@ -64,7 +63,7 @@ pub(super) fn stored(key: QuantKey) -> bool {
 
 /// Columns that a row of codes is padded to, with zeros.
 const COLUMNS: usize = 64;
-/// Columns of a thread's part; kernels/quantize.cu has the same.
+/// Columns of a thread's part; kernels/common/chunk.cuh has the same.
 const CHUNK: usize = 8;
 /// The most threads of a block; kernels/quantize.cu has the same.
 const MAX_THREADS: usize = 256;
@@ -147,13 +146,9 @@ struct Call {
     chunks: i32,
     stored_step: i32,
     aligned: i32,
-    plane_rows: i32,
-    copies: i32,
-    present: u64,
-    places: u64,
 }
 
-const _: () = assert!(size_of::<Call>() == 96);
+const _: () = assert!(size_of::<Call>() == 72);
 
 impl Quantizer {
     /// Loads the kernel for rows of `cols` columns.
@@ -182,63 +177,6 @@ impl Quantizer {
         // row numbers and stored scales below `rows` (or the first), and write codes, scales and second levels of rows
         // below `rows`; `call` has found all of these in the tensors. The rest is the caller's promise.
         unsafe { Launch::new(rows as u32, threads as u32).overlap(overlap).run(stream, &self.kernel, &mut args) }
-    }
-}
-
-/// Where rows go that become operands of products in their order of columns: what [`Quantizer::run_planes`] takes beside
-/// addresses.
-#[derive(Clone, Copy)]
-pub(super) struct OrderedPlanes {
-    /// Planes of 128 bytes of a row, as kernels/common/order.cuh has them; what columns do not fill is zeros.
-    pub count: usize,
-    /// Rows of a plane.
-    pub rows: usize,
-    /// `[sources, copies]` rows of the planes that a source's row goes to, i32, -1 for none; or 0: each to its own.
-    pub places: u64,
-    /// As above; 0 without places.
-    pub copies: usize,
-    /// `[sources]`, i32: rows with a negative number are left out; 0 for none.
-    pub present: u64,
-    /// The scale of static keys, f32; or 0.
-    pub stored: u64,
-}
-
-impl Quantizer {
-    /// Quantises `sources` rows to 8-bit codes at `codes`, in planes, and their scales, `[groups][rows]`; does not wait, and
-    /// may start while the stream's previous kernel still runs.
-    ///
-    /// # Safety
-    /// The addresses must be device memory of these sizes, aligned to 16 bytes, and as [`Launch::run`] wants them.
-    pub(super) unsafe fn run_planes(
-        &self,
-        stream: &Stream,
-        input: u64,
-        codes: u64,
-        scales: u64,
-        to: OrderedPlanes,
-        sources: usize,
-    ) -> Result<(), CudaError> {
-        let chunks = to.count * (ROW_BYTES / CHUNK);
-        let call = Call {
-            input,
-            stored: to.stored,
-            codes,
-            scales,
-            sources: sources as i64,
-            cols: self.cols as i32,
-            chunks: chunks as i32,
-            plane_rows: to.rows as i32,
-            copies: to.copies as i32,
-            present: to.present,
-            places: to.places,
-            aligned: i32::from((self.cols * self.input.bytes()).is_multiple_of(16)),
-            ..Zeroable::zeroed()
-        };
-        let threads = chunks.next_multiple_of(32).min(MAX_THREADS);
-        // SAFETY: the parameter of every `quantize_` entry; the rest is the caller's promise.
-        unsafe {
-            Launch::new(sources as u32, threads as u32).overlap(true).run(stream, &self.kernel, &mut [Arg::new(&call)])
-        }
     }
 }
 
@@ -289,10 +227,6 @@ fn check(
         cols: cols as i32,
         chunks: (cols.next_multiple_of(COLUMNS) / CHUNK) as i32,
         stored_step: i32::from(given.len() != 1),
-        plane_rows: 0,
-        copies: 0,
-        present: 0,
-        places: 0,
         aligned: i32::from(row_bytes.is_multiple_of(16) && t.input.address().is_multiple_of(16)),
     })
 }

@@ -11,10 +11,10 @@ use super::call::{Pass, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
+use super::operands::{Operands, OrderedPlanes};
 use super::pack::PackedExperts;
 use super::permute::{Permute, Plan, ROW_BYTES, Source, Sum, TILE_BYTES, max_rows, max_tiles, scratch_bytes};
 use super::projection::Matrix;
-use super::quantize::{OrderedPlanes, Quantizer};
 use super::{CudaError, FATBINS, Stream, quantize};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::scheme::QuantKey;
@@ -65,7 +65,7 @@ const SECOND: i32 = 1;
 /// How rows become operands of a projection.
 struct Input {
     /// Where they are quantised.
-    quantizer: Option<Quantizer>,
+    quantizer: Option<Operands>,
     /// A stored scale of all rows, and where it is on the device (or 0).
     stored: (f32, u64),
     /// Planes that a row's columns fill.
@@ -155,9 +155,9 @@ impl Wgmma {
             _ => None,
         };
         let input = |columns: usize, n: usize| -> Result<Input, CudaError> {
-            let quantizer = activation.map(|key| Quantizer::new(gpu, key, config.input, columns)).transpose()?;
+            let quantizer = activation.map(|key| Operands::new(gpu, key, config.input, columns)).transpose()?;
             Ok(Input {
-                scales: quantizer.as_ref().map_or(0, |q| q.layout().scales),
+                scales: quantizer.as_ref().map_or(0, |q| q.scales),
                 stored: match (&stored_scales, packed.input_scales[n]) {
                     (Some(buffer), Some(scale)) => (scale, buffer.address() + 4 * n as u64),
                     _ => (1.0, 0),
@@ -183,9 +183,9 @@ impl Wgmma {
 
     /// From how many tokens on these kernels are faster than `cuda_mma`'s (benches/RESULTS.md).
     pub fn pays_from(&self) -> usize {
-        // Tokens of an expert; the others unpack fp8.
-        let each = if self.fp8 { 16 } else { 64 };
-        (each * self.config.experts).div_ceil(self.config.topk)
+        // Twice the tokens of an expert; the others unpack fp8.
+        let twice = if self.fp8 { 1 } else { 8 };
+        (twice * self.config.experts).div_ceil(2 * self.config.topk)
     }
 
     /// Tokens that go through one pass.
@@ -281,12 +281,12 @@ impl Wgmma {
             let to = OrderedPlanes { places, copies: c.topk, ..first.to(count) };
             match &first.quantizer {
                 None => self.permute.spread(stream, pass.hidden, x, to, pass.tokens)?,
-                Some(q) => q.run_planes(stream, pass.hidden, x, gate_up.scales, to, pass.tokens)?,
+                Some(q) => q.run(stream, pass.hidden, x, gate_up.scales, to, pass.tokens)?,
             }
             self.gemm(stream, kernel, ring, gate_up)?;
             if let Some(q) = &down.quantizer {
                 let to = OrderedPlanes { present: rows, ..down.to(count) };
-                q.run_planes(stream, middle, second, down_params.scales, to, count)?;
+                q.run(stream, middle, second, down_params.scales, to, count)?;
             }
             self.gemm(stream, kernel, ring, down_params)?;
             let sum = Sum { results, ids: pass.ids, weights: pass.weights, map: pass.map, output: pass.output };

@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "TOKENS")]
     wgmma_from: Option<usize>,
     /// On a GPU, for cuda_wgmma: tokens of a tile of those, instead of what suits
-    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(["64", "128"]))]
+    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(["64", "128", "256"]))]
     wgmma_tile: Option<String>,
     /// On a GPU: calls in a row in one graph, at least; more where these read too little to keep the weights cold
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(1..=1024))]

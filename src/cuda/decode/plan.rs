@@ -320,3 +320,15 @@ impl Plan {
         Some(Plan::of(s.first(gpu, Place::Far, TOKENS)?, s.second(gpu, Place::Far, TOKENS)?))
     }
 }
+
+/// Up to how many tokens of a layer these kernels are faster than a grouped GEMM, which gains where tokens share experts
+/// (benches/RESULTS.md).
+pub fn pays_up_to(codes: Codes, experts: usize, topk: usize) -> usize {
+    let (eighths, most) = match codes {
+        Codes::Half | Codes::Int8 => (0, 8),
+        Codes::E4m3 => (3, 12),
+        Codes::E2m1 | Codes::U4 => (4, 16),
+    };
+    // Tokens of an expert, in eighths.
+    (eighths * experts / (8 * topk.max(1))).clamp(8, most)
+}

@@ -1,6 +1,6 @@
 use super::super::pack::{Codes, Compute, Format, StageScales};
 use super::super::{FATBINS, NOT_BUILT};
-use super::plan::{Limits, Plan, STATIC_SHARED, Sizes, TOKENS};
+use super::plan::{Limits, Plan, STATIC_SHARED, Sizes, TOKENS, pays_up_to};
 use super::{MAX_EXPERTS, MAX_ITEMS};
 
 const H200: Limits = Limits { multiprocessors: 132, shared: 227 << 10, clusters: true };
@@ -158,5 +158,21 @@ fn no_kernel_has_more_static_shared_memory_than_plans_leave() {
     }
     for r in FATBINS.iter().filter(|f| f.name.starts_with("decode_")).flat_map(|f| f.resources) {
         assert!(r.shared_bytes as usize <= STATIC_SHARED, "{} on {}: {}", r.kernel, r.arch, r.shared_bytes);
+    }
+}
+
+#[test]
+fn more_tokens_where_they_share_few_experts() {
+    for (codes, experts, topk, want) in [
+        (Codes::U4, 8, 2, 8),
+        (Codes::U4, 128, 8, 8),
+        (Codes::U4, 256, 8, 16),
+        (Codes::E2m1, 128, 4, 16),
+        (Codes::E4m3, 256, 8, 12),
+        (Codes::E4m3, 128, 8, 8),
+        (Codes::Int8, 256, 8, 8),
+        (Codes::Half, 512, 1, 8),
+    ] {
+        assert_eq!(pays_up_to(codes, experts, topk), want, "{codes:?} {experts} {topk}");
     }
 }

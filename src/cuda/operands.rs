@@ -1,0 +1,147 @@
+//! Rows of activations as operands of Hopper's products: 16-bit numbers, or 8-bit codes and their scales
+//! (kernels/operands.cu), in planes as kernels/common/order.cuh has them.
+
+use super::launch::{Arg, Launch};
+use super::module::Kernel;
+use super::{CudaError, Gpu, Stream};
+use crate::config::InputType;
+use crate::scheme::*;
+use bytemuck::{Pod, Zeroable};
+
+/// A kernel's two entries, by the input type, and the keys that it serves.
+type Served = ([&'static str; 2], &'static [QuantKey]);
+
+macro_rules! served {
+    ($name:literal, $keys:expr) => {
+        ([concat!("operands_", $name, "_bf16"), concat!("operands_", $name, "_f16")], &$keys)
+    };
+}
+
+const SERVED: [Served; 5] = [
+    served!("fp8_tensor", [FP8_STATIC_TENSOR_SYM]),
+    served!("fp8_token", [FP8_DYNAMIC_TOKEN_SYM, FP8_DYNAMIC_TENSOR_SYM]),
+    served!("fp8_128", [FP8_DYNAMIC_128_SYM]),
+    served!("int8_tensor", [INT8_STATIC_TENSOR_SYM]),
+    served!("int8_token", [INT8_DYNAMIC_TOKEN_SYM, INT8_DYNAMIC_TENSOR_SYM]),
+];
+
+const WARPS: usize = 8;
+/// From so many rows on, a warp to each.
+const MANY: usize = 2048;
+
+/// Where rows go.
+#[derive(Clone, Copy)]
+pub(super) struct OrderedPlanes {
+    /// Planes of 128 bytes of a row; what columns do not fill is zeros.
+    pub count: usize,
+    /// Rows of a plane.
+    pub rows: usize,
+    /// `[sources, copies]` rows of the planes that a source's row goes to, i32, -1 for none; or 0: each to its own.
+    pub places: u64,
+    /// As above, 32 at most; 0 without places.
+    pub copies: usize,
+    /// `[sources]`, i32: rows with a negative number are left out; 0 for none.
+    pub present: u64,
+    /// The scale of static keys, f32; or 0.
+    pub stored: u64,
+}
+
+/// As in kernels/operands.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct OperandsParams {
+    input: u64,
+    places: u64,
+    present: u64,
+    stored: u64,
+    codes: u64,
+    scales: u64,
+    columns: i32,
+    planes: i32,
+    rows: i32,
+    sources: i32,
+    copies: i32,
+    warps: i32,
+}
+
+const _: () = assert!(size_of::<OperandsParams>() == 72);
+
+/// Quantises rows of one length to 8-bit codes.
+pub(super) struct Operands {
+    kernel: Kernel,
+    columns: usize,
+    /// Scales of a row.
+    pub scales: usize,
+}
+
+impl Operands {
+    /// For rows of `columns` columns, a multiple of 8.
+    pub fn new(gpu: &Gpu, key: QuantKey, input: InputType, columns: usize) -> Result<Self, CudaError> {
+        let served = SERVED.iter().find(|(_, keys)| keys.contains(&key));
+        let place = match input {
+            InputType::Bf16 => 0,
+            InputType::F16 => 1,
+            InputType::F32 => {
+                return Err(CudaError::Argument("operands of Hopper's products are made of 16-bit numbers"));
+            }
+        };
+        let (entries, _) = served.ok_or(CudaError::Argument("this key is not one that Hopper's products take"))?;
+        let scales = match (key.scale.dynamic, key.scale.group.cols) {
+            (false, _) => 0,
+            (true, Extent::Len(n)) => columns.div_ceil(n as usize),
+            (true, _) => 1,
+        };
+        Ok(Self { kernel: gpu.kernel("operands", entries[place])?, columns, scales })
+    }
+
+    /// Quantises `sources` rows to codes, in planes, and their scales, `[scales][rows]`; does not wait, and may start while
+    /// the stream's previous kernel still runs.
+    ///
+    /// # Safety
+    /// The addresses must be device memory of these sizes, aligned to 16 bytes, and as [`Launch::run`] wants them.
+    pub unsafe fn run(
+        &self,
+        stream: &Stream,
+        input: u64,
+        codes: u64,
+        scales: u64,
+        to: OrderedPlanes,
+        sources: usize,
+    ) -> Result<(), CudaError> {
+        let many = sources >= MANY;
+        let params = OperandsParams {
+            input,
+            places: to.places,
+            present: to.present,
+            stored: to.stored,
+            codes,
+            scales,
+            columns: self.columns as i32,
+            planes: to.count as i32,
+            rows: to.rows as i32,
+            sources: sources as i32,
+            copies: to.copies as i32,
+            warps: if many { 1 } else { WARPS as i32 },
+        };
+        let blocks = if many { sources.div_ceil(WARPS) } else { sources };
+        let launch = Launch::new(blocks as u32, 32 * WARPS as u32).overlap(true);
+        // SAFETY: the only parameter of every entry; the rest is the caller's promise.
+        unsafe { launch.run(stream, &self.kernel, &mut [Arg::new(&params)]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_have_the_same_numbers() {
+        let source = include_str!("../../kernels/operands.cu");
+        assert!(source.contains(&format!("kWarps = {WARPS},")));
+        for ([bf16, f16], _) in SERVED {
+            let name = bf16.trim_start_matches("operands_").trim_end_matches("_bf16");
+            assert!(source.contains(&format!("MOE_ENTRIES({name}, ")), "{name}");
+            assert_eq!(f16, format!("operands_{name}_f16"));
+        }
+    }
+}
