@@ -126,6 +126,7 @@ fn limits(measured: f64, anchors: Option<&Anchors>) -> GpuLimits {
         read_from: if known.is_some() { "anchors" } else { "measured" },
         measured_read_gbps: measured,
         bf16_tflops: anchors.and_then(|a| a.limits.bf16_tflops),
+        fp8_tflops: anchors.and_then(|a| a.limits.fp8_tflops),
     }
 }
 

@@ -6,7 +6,7 @@ use crate::failure::{Out, Outcome};
 use crate::limits::Limits;
 use crate::presets::Preset;
 use moe_oracle::oracle::DynOracle;
-use moe_oracle::scheme::QuantKey;
+use moe_oracle::scheme::{QuantKey, Scheme};
 use serde::Serialize;
 
 /// Everything of one run.
@@ -72,15 +72,19 @@ pub struct GpuLimits {
     pub measured_read_gbps: f64,
     /// 10^12 operations per second in bf16; without it, floors are memory's alone.
     pub bf16_tflops: Option<f64>,
+    /// The same in fp8, or int8.
+    pub fp8_tflops: Option<f64>,
 }
 
 impl Bounds {
-    /// The least microseconds that reading `bytes` and computing `flops` can take when they overlap fully.
-    pub fn floor_us(&self, bytes: f64, flops: f64) -> f64 {
+    /// The least microseconds that reading `bytes` and computing `flops`, of numbers of 8 or of 16 bits, can take when they
+    /// overlap fully.
+    pub fn floor_us(&self, bytes: f64, flops: f64, eight_bits: bool) -> f64 {
         match self {
             Bounds::Cpu(limits) => limits.floor_us(bytes, flops),
             Bounds::Gpu(limits) => {
-                let compute = limits.bf16_tflops.map_or(0.0, |peak| flops / peak / 1e6);
+                let peak = if eight_bits { limits.fp8_tflops.or(limits.bf16_tflops) } else { limits.bf16_tflops };
+                let compute = peak.map_or(0.0, |peak| flops / peak / 1e6);
                 (bytes / limits.read_gbps / 1e3).max(compute)
             }
         }
@@ -99,7 +103,10 @@ impl Bounds {
                     from => format!("{:.0} GB/s read ({from}; {:.0} measured now)", l.read_gbps, l.measured_read_gbps),
                 };
                 match l.bf16_tflops {
-                    Some(peak) => format!("limits: {read}, {peak:.0} TFLOP/s bf16 (anchors)"),
+                    Some(peak) => {
+                        let fp8 = l.fp8_tflops.map_or(String::new(), |peak| format!(", {peak:.0} fp8 and int8"));
+                        format!("limits: {read}, {peak:.0} TFLOP/s bf16{fp8} (anchors)")
+                    }
                     None => format!("limits: {read}; no compute floor, for that peak comes from --anchors"),
                 }
             }
@@ -216,7 +223,11 @@ impl Row {
         let matrices = if preset.activation.gated() { 3 } else { 2 };
         let bytes = timed.distinct_experts * *expert_bytes as f64;
         let flops = (2 * timed.tokens * preset.topk * matrices * preset.hidden * preset.intermediate) as f64;
-        let floor_us = bounds.floor_us(bytes, flops);
+        // Weights and activations that the keys want multiplied as they are.
+        let eight = |bits| QuantKey::from_bits(bits).is_some_and(|k| k.elem_bits() == 8);
+        let eight_bits =
+            matches!(oracle.scheme, Scheme::Fp8 | Scheme::Int8) && eight(oracle.weight) && eight(oracle.activation);
+        let floor_us = bounds.floor_us(bytes, flops, eight_bits);
         let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
         let (gbps, gflops) = (bytes / timed.us / 1e3, flops / timed.us / 1e3);
         let shares = match bounds {
@@ -346,15 +357,18 @@ mod tests {
     use super::*;
 
     fn gpu(bf16_tflops: Option<f64>) -> Bounds {
-        Bounds::Gpu(GpuLimits { read_gbps: 4000.0, read_from: "anchors", measured_read_gbps: 3900.0, bf16_tflops })
+        let fp8_tflops = bf16_tflops.map(|peak| 2.0 * peak);
+        let read_from = "anchors";
+        Bounds::Gpu(GpuLimits { read_gbps: 4000.0, read_from, measured_read_gbps: 3900.0, bf16_tflops, fp8_tflops })
     }
 
     #[test]
     fn the_floor_is_the_larger_of_memory_and_compute() {
         // 4 TB/s is 4 MB in a microsecond, 800 TFLOP/s 800 million operations.
-        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 4e9), 10.0);
-        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 16e9), 20.0);
-        assert_eq!(gpu(None).floor_us(40e6, 16e9), 10.0);
+        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 4e9, false), 10.0);
+        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 16e9, false), 20.0);
+        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 32e9, true), 20.0);
+        assert_eq!(gpu(None).floor_us(40e6, 16e9, true), 10.0);
         assert!(gpu(None).line().contains("no compute floor") && gpu(Some(1.0)).line().contains("3900 measured now"));
     }
 

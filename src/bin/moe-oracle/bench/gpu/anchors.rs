@@ -23,6 +23,9 @@ pub struct Limits {
     /// 10^12 operations per second in bf16.
     #[serde(rename = "bf16_TFLOPs")]
     pub bf16_tflops: Option<f64>,
+    /// 10^12 operations per second in fp8, which int8 does not fall short of.
+    #[serde(rename = "fp8_TFLOPs")]
+    pub fp8_tflops: Option<f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -65,7 +68,8 @@ impl Anchors {
             .iter()
             .flat_map(|l| [l.us].into_iter().chain(l.floor_us))
             .chain(anchors.limits.read_gbps)
-            .chain(anchors.limits.bf16_tflops);
+            .chain(anchors.limits.bf16_tflops)
+            .chain(anchors.limits.fp8_tflops);
         match numbers.into_iter().find(|n| !usable(*n)) {
             Some(n) => Err(format!("a time or limit of {n} makes no sense")),
             None => Ok(anchors),
