@@ -14,8 +14,21 @@ __device__ __forceinline__ void copy_to_all(uint32_t to, const void* from, uint3
         : "memory");
 }
 
+// As copy_bulk, of what nobody reads again: the first to go from L2.
+__device__ __forceinline__ void copy_bulk_once(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 template <int kN>
 struct Produce {
+    // Small tiles are for experts that have few tokens, mostly one tile of them. (With scales between them, stages share lines
+    // of L2, and nothing is gained.)
+    static constexpr bool kOnce = kN <= 64 && !kBlockScales;
     const GemmParams& p;
     const Layout<kN>& memory;
     const int lane;
@@ -42,7 +55,13 @@ struct Produce {
         if (lane == 0) barrier_expect(full, slabs * bytes + eights * (8 * kRowBytes + (kBlockScales ? 32 : 0)));
         __syncwarp();
         if (lane < slabs) {
-            copy_bulk(memory.weights(at) + lane * kSlabStage, slab + static_cast<long long>(stage) * kSlabStage, bytes, full);
+            const uint32_t to = memory.weights(at) + lane * kSlabStage;
+            const char* from = slab + static_cast<long long>(stage) * kSlabStage;
+            if (kOnce) {
+                copy_bulk_once(to, from, bytes, full);
+            } else {
+                copy_bulk(to, from, bytes, full);
+            }
         }
     }
     __device__ __forceinline__ void send_tokens(int stage, int at) const {
