@@ -88,7 +88,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
             barrier_init(memory.task_full(i), 1), barrier_init(memory.task_free(i), kMathWarps + 3);
         }
         for (int i = 0; i < kFacts; i++) {
-            barrier_init(memory.facts_full(i), 2), barrier_init(memory.facts_free(i), kMathWarps);
+            barrier_init(memory.facts_full(i), 2 * 32), barrier_init(memory.facts_free(i), kMathWarps);
         }
         barrier_init_done();
     }

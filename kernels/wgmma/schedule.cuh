@@ -115,7 +115,8 @@ __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>
         } else {
             find_rows(p.weights, task, to + 8 * kN, lane);
         }
-        warp_arrive(memory.facts_full(at), lane);
+        // Every lane: whoever checks for races follows no arrival of one lane for what others wrote.
+        barrier_arrive(memory.facts_full(at));
     }
 }
 
