@@ -44,7 +44,7 @@ case "${1:-}" in
     for tool in memcheck racecheck initcheck; do
       for name in cuda_quantize cuda_decode cuda_mma cuda_mma_int8 cuda_wgmma; do
         # It takes copies whose arrival is asynchronous for unordered (RESULTS.md, "Correctness there").
-        case "$tool $name" in "racecheck cuda_mma" | "racecheck cuda_wgmma") continue ;; esac
+        [ "$tool $name" != "racecheck cuda_mma" ] || continue
         echo "== $tool $name"
         compute-sanitizer --tool "$tool" --error-exitcode 1 "./test_$name" \
           a_token_may few_tokens the_batched expert_parallel codes_and_scales rows_are

@@ -165,7 +165,7 @@ struct Finish {
     }
 
     // What a launch makes of sums: results of the second kind, of the first with the commonest activation, or with others.
-    enum Way { kDown, kSilu2, kRaw };
+    enum Way { kDown, kGated, kRaw };
 
     template <Way kWay>
     __device__ __forceinline__ void write_piece(const Chunk& acc, int nth, const Task& task, const Rows& rows,
@@ -180,9 +180,9 @@ struct Finish {
             // The other half may still be read.
             const uint32_t half = room + staged * (L::kStaged / 2);
             staged ^= 1;
-            stage<kWay == kSilu2>(acc, nth, rows, columns, half);
+            stage<kWay == kGated>(acc, nth, rows, columns, half);
             warpgroup_barrier(warpgroup);
-            copy_out<kWay == kSilu2>(task, piece, columns, half);
+            copy_out<kWay == kGated>(task, piece, columns, half);
         }
     }
 
@@ -206,7 +206,7 @@ struct Finish {
         if (p.kind == kSecond) {
             write_all<kDown>(acc, task, width, facts);
         } else if (p.activation.kind == kSilu) {
-            write_all<kSilu2>(acc, task, width, facts);
+            write_all<kGated>(acc, task, width, facts);
         } else {
             write_all<kRaw>(acc, task, width, facts);
         }
