@@ -231,8 +231,7 @@ fn many_tokens_give_the_bits_of_few() {
             let bits = gpu::forward(&stream, &kernel, &x[of(h)], &ids[of(k)], &weights[of(k)]);
             assert_eq!(all[of(h)], bits, "{alias}, tokens {some:?}");
         }
-        let few = check(&stream, &kernel, &layer, &mut rng, 100, Skew::Uniform);
-        assert_eq!(few.len(), 100 * h);
+        check(&stream, &kernel, &layer, &mut rng, 100, Skew::Uniform);
     }
 }
 

@@ -26,8 +26,8 @@ __device__ __forceinline__ void copy_bulk_once(uint32_t to, const void* from, ui
 
 template <int kN>
 struct Produce {
-    // Small tiles are for experts that have few tokens, mostly one tile of them. (With scales between them, stages share lines
-    // of L2, and nothing is gained.)
+    // Small tiles are for experts that have few tokens, mostly one tile of them. With scales between the stages nothing was
+    // gained.
     static constexpr bool kOnce = kN <= 64 && !kBlockScales;
     const GemmParams& p;
     const Layout<kN>& memory;

@@ -191,7 +191,7 @@ impl CudaKernel {
                 Err(CudaError::Argument("a batch-invariant layer must use the grouped GEMM for any number of tokens"))
             }
             Experts::Mma(..) if families.wgmma_tile.is_some_and(|t| !wgmma::TILES.contains(&t)) => {
-                Err(CudaError::Argument("a tile of cuda_wgmma has 64 or 128 tokens"))
+                Err(CudaError::Argument("a tile of cuda_wgmma has 64, 128 or 256 tokens"))
             }
             Experts::Mma(mma, _, wgmma, have) => {
                 mma.tile = families.tile;

@@ -136,7 +136,9 @@ impl Wgmma {
         let short = planes(packed.hidden.max(packed.middle)) <= MAX_PLANES;
         let fatbin = kind.fatbins()[format.compute as usize];
         let built = FATBINS.iter().any(|f| f.name == fatbin && f.runs_on(info.capability));
-        if info.capability != 90 || config.format != ActivationFormat::Standard || !scales || !short || !built {
+        let clusters = info.sms as usize >= CLUSTER;
+        let standard = config.format == ActivationFormat::Standard;
+        if info.capability != 90 || !clusters || !standard || !scales || !short || !built {
             return Ok(None);
         }
         let mut kernels = [const { None }; TILES.len()];
