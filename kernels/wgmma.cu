@@ -81,14 +81,14 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     const Layout<kN> memory{p.depth};
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.depth; i++) {
-            // Free: every warp of the cluster that multiplies.
-            barrier_init(memory.full(i), 1), barrier_init(memory.free(i), kMathWarps * kCluster);
+            // Full: the two warps that send. Free: every warp of the cluster that multiplies.
+            barrier_init(memory.full(i), 2), barrier_init(memory.free(i), kMathWarps * kCluster);
         }
         for (int i = 0; i < kTasks; i++) {
             barrier_init(memory.task_full(i), 1), barrier_init(memory.task_free(i), kMathWarps + 3);
         }
         for (int i = 0; i < kFacts; i++) {
-            barrier_init(memory.facts_full(i), 2 * 32), barrier_init(memory.facts_free(i), kMathWarps);
+            barrier_init(memory.facts_full(i), 32), barrier_init(memory.facts_free(i), kMathWarps);
         }
         barrier_init_done();
     }
@@ -98,13 +98,13 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducer));
         if (warp == 0) {
-            produce<kN>(p, memory, lane);
+            produce<kN, true>(p, memory, lane);
         } else if (warp == 1) {
             schedule<kN>(p, memory, lane);
         } else if (warp == 2) {
-            find_facts<kN, true>(p, memory, lane);
+            find_facts<kN>(p, memory, lane);
         } else {
-            find_facts<kN, false>(p, memory, lane);
+            produce<kN, false>(p, memory, lane);
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMath));

@@ -39,7 +39,7 @@ struct Multiply {
 
     // Operands of a stage. Blocks beyond the matrix are zeros.
     __device__ __forceinline__ void load(Operands& a, int at, int stage) const {
-        const uint32_t from = memory.weights(at) + slab * kSlabStage + lane * 16;
+        const uint32_t from = memory.weights(at, slab, stage) + lane * 16;
 #pragma unroll
         for (int k = 0; k < kSteps; k++) {
             uint4 v = make_uint4(0, 0, 0, 0);
@@ -53,11 +53,17 @@ struct Multiply {
             }
         }
     }
-    __device__ __forceinline__ void release(int at) const { arrive_at_all(memory.free(at), lane); }
+    // Whether a stage is the last one of its place.
+    __device__ __forceinline__ bool ends(int stage) const {
+        return L::kSpan == 1 || stage % L::kSpan == L::kSpan - 1 || stage + 1 == stages_of(p);
+    }
+    __device__ __forceinline__ void release(int at, int stage) const {
+        if (ends(stage)) arrive_at_all(memory.free(at), lane);
+    }
 
     // The next stage's operands, once they are there.
     __device__ __forceinline__ void fetch(Operands& a, int stage) const {
-        barrier_wait(memory.full(place.at), place.round);
+        if (stage % L::kSpan == 0) barrier_wait(memory.full(place.at), place.round);
         load(a, place.at, stage);
         // Whatever makes operands of words is done here, not between products.
 #pragma unroll
@@ -68,10 +74,10 @@ struct Multiply {
     }
     // Sends for a stage's products, whose operands are `a`; its place.
     template <int kW>
-    __device__ __forceinline__ int begin(Sums<kN>& acc, const Operands& a) {
+    __device__ __forceinline__ int begin(Sums<kN>& acc, const Operands& a, int stage) {
         const int at = uniform(place.at);
-        const uint64_t columns = columns_at(memory.tokens(at));
-        place.next(memory.depth);
+        const uint64_t columns = columns_at(memory.tokens(at, stage));
+        if (ends(stage)) place.next(memory.depth);
         products_begin();
 #pragma unroll
         for (int k = 0; k < kSteps; k++) Product<kW>::run(acc[0], a[k], columns + 2 * k, 1);
@@ -98,9 +104,9 @@ struct Multiply {
         fetch(a, 0);
 #pragma unroll 1
         for (int stage = 0; stage < stages; stage++) {
-            const int at = begin<kW>(acc, a);
+            const int at = begin<kW>(acc, a, stage);
             products_wait<0>();
-            release(at);
+            release(at, stage);
             if (stage + 1 < stages) fetch(a, stage + 1);
         }
     }
@@ -113,23 +119,24 @@ struct Multiply {
         int left = stages;
 #pragma unroll 1
         for (; left > 2; left -= 2) {
-            int at = begin<kW>(acc, even);
-            fetch(odd, stages - left + 1);
+            const int stage = stages - left;
+            int at = begin<kW>(acc, even, stage);
+            fetch(odd, stage + 1);
             products_wait<0>();
-            release(at);
-            at = begin<kW>(acc, odd);
-            fetch(even, stages - left + 2);
+            release(at, stage);
+            at = begin<kW>(acc, odd, stage + 1);
+            fetch(even, stage + 2);
             products_wait<0>();
-            release(at);
+            release(at, stage + 1);
         }
-        int at = begin<kW>(acc, even);
+        int at = begin<kW>(acc, even, stages - left);
         if (left > 1) fetch(odd, stages - 1);
         products_wait<0>();
-        release(at);
+        release(at, stages - left);
         if (left > 1) {
-            at = begin<kW>(acc, odd);
+            at = begin<kW>(acc, odd, stages - 1);
             products_wait<0>();
-            release(at);
+            release(at, stages - 1);
         }
     }
 
@@ -139,9 +146,9 @@ struct Multiply {
                                             int chunk) const {
         if constexpr (kBlockScales) {
             const int blocks = min(kBlocks, p.weights.blocks - kBlocks * stage);
-            const uint32_t rows = memory.weights(at) + slab * kSlabStage + blocks * kCodeBytes + lane / 4 * 8;
+            const uint32_t rows = memory.weights(at, slab, stage) + blocks * kCodeBytes + lane / 4 * 8;
             const float low = read_float(rows), high = read_float(rows + 4);
-            const uint32_t columns = memory.scales(at) + 4 * (chunk * kW + 2 * (lane & 3));
+            const uint32_t columns = memory.scales(at, stage) + 4 * (chunk * kW + 2 * (lane & 3));
 #pragma unroll
             for (int j = 0; j < kW / 8; j++) {
                 const uint2 s = read_shared<uint2>(columns + 32 * j);
@@ -171,8 +178,8 @@ struct Multiply {
 #pragma unroll 1
         for (int stage = 0; stage < stages; stage++) {
             const int at = uniform(place.at);
-            const uint64_t columns = columns_at(memory.tokens(at));
-            place.next(memory.depth);
+            const uint64_t columns = columns_at(memory.tokens(at, stage));
+            if (ends(stage)) place.next(memory.depth);
 #pragma unroll
             for (int c = 0; c < kUsed; c++) {
                 Sum part[kW / 2];
@@ -186,7 +193,7 @@ struct Multiply {
                 if (c == kUsed - 1 && stage + 1 < stages) fetch(a, stage + 1);
                 promote<kW>(acc[c], part, at, stage, c);
             }
-            release(at);
+            release(at, stage);
         }
     }
 };

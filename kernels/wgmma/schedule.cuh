@@ -1,5 +1,5 @@
-// Three warps that find out ahead of time what the others would have to wait for: the block's tasks, and what is needed to
-// make results of their sums.
+// Two warps that find out ahead of time what the others would have to wait for: the block's tasks, and what is needed to make
+// results of their sums.
 #pragma once
 #include "task.cuh"
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ Task take(const Layout<kN>& memory, int n, int lane) 
     const uint4 v = read_shared<uint4>(memory.task(at));
     warp_arrive(memory.task_free(at), lane);
     const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };
-    return {number(v.x), number(v.y), number(v.z), number(v.w)};
+    return {number(v.x), number(v.y), number(v.z & 0xffff), number(v.w), number(v.z) >> 16 != 0};
 }
 
 // By a warp. The list of tiles is of a grid that ended before the one ahead was let past its own wait.
@@ -47,73 +47,89 @@ __device__ __forceinline__ void schedule(const GemmParams& p, const Layout<kN>& 
         const int at = place_of<kTasks>(n);
         barrier_wait(memory.task_free(at), round_of<kTasks>(n) ^ 1);
         if (lane == 0) {
-            store_16(memory.task(at), make_uint4(task.expert, task.start, task.count, task.row_tile));
+            const uint32_t count = task.count | task.once << 16;
+            store_16(memory.task(at), make_uint4(task.expert, task.start, count, task.row_tile));
             barrier_arrive(memory.task_full(at));
         }
         if (task.expert < 0) break;
     }
 }
 
-// By a warp: of up to kEach times 32 columns, whose loads are under way together.
+// Of up to kEach times 32 columns, by a warp's lanes.
 template <int kEach>
-__device__ __forceinline__ void find_columns(const GemmParams& p, const Task& task, int first, uint32_t to, int lane) {
-    const bool scaled = !kBlockScales && p.scales != nullptr, assigned = p.kind == kSecond || p.routing != nullptr;
+struct ColumnFacts {
     int assignment[kEach];
     float factor[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-        const int column = first + 32 * i + lane, row = task.start + column;
-        const bool exists = column < task.count;
-        assignment[i] = exists && assigned ? __ldcg(p.rows + row) : 0;
-        factor[i] = exists && scaled ? p.scale * __ldcg(p.scales + row) : p.scale;
-    }
-    if (p.routing != nullptr) {
+
+    __device__ __forceinline__ void load(const GemmParams& p, const Task& task, int first, int lane) {
+        const bool scaled = !kBlockScales && p.scales != nullptr, assigned = p.kind == kSecond || p.routing != nullptr;
 #pragma unroll
         for (int i = 0; i < kEach; i++) {
-            if (first + 32 * i + lane < task.count) factor[i] *= __ldcg(p.routing + assignment[i]);
+            const int column = first + 32 * i + lane, row = task.start + column;
+            const bool exists = column < task.count;
+            assignment[i] = exists && assigned ? __ldcg(p.rows + row) : 0;
+            factor[i] = exists && scaled ? p.scale * __ldcg(p.scales + row) : p.scale;
         }
     }
+    __device__ __forceinline__ void write(const GemmParams& p, const Task& task, int first, uint32_t to, int lane) {
+        if (p.routing != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kEach; i++) {
-        const int column = first + 32 * i + lane;
-        if (column >= task.count) break;
-        write_fact(to + 8 * column, factor[i], p.kind == kSecond ? assignment[i] : task.start + column);
+            for (int i = 0; i < kEach; i++) {
+                if (first + 32 * i + lane < task.count) factor[i] *= __ldcg(p.routing + assignment[i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const int column = first + 32 * i + lane;
+            if (column >= task.count) break;
+            write_fact(to + 8 * column, factor[i], p.kind == kSecond ? assignment[i] : task.start + column);
+        }
     }
-}
+};
 
-// By a warp: of rows.
-__device__ __forceinline__ void find_rows(const Matrix& weights, const Task& task, uint32_t to, int lane) {
-    constexpr int kEach = kRows / 32;
+// Of a block's rows.
+struct RowFacts {
+    static constexpr int kEach = kRows / 32;
     float factor[kEach], bias[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-        const int row = 32 * i + lane, slab = task.row_tile * kSlabs + row / 16;
-        const bool exists = slab < weights.slabs;
-        const long long at = (static_cast<long long>(task.expert) * weights.slabs + slab) * 16 + row % 16;
-        factor[i] = exists ? __ldg(weights.factors + at) : 0.f;
-        bias[i] = exists && weights.bias != nullptr ? __ldg(weights.bias + at) : 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; i++) write_fact(to + 8 * (32 * i + lane), factor[i], __float_as_uint(bias[i]));
-}
 
-// By two warps.
-template <int kN, bool kOfColumns>
+    __device__ __forceinline__ void load(const Matrix& weights, const Task& task, int lane) {
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const int row = 32 * i + lane, slab = task.row_tile * kSlabs + row / 16;
+            const bool exists = slab < weights.slabs;
+            const long long at = (static_cast<long long>(task.expert) * weights.slabs + slab) * 16 + row % 16;
+            factor[i] = exists ? __ldg(weights.factors + at) : 0.f;
+            bias[i] = exists && weights.bias != nullptr ? __ldg(weights.bias + at) : 0.f;
+        }
+    }
+    __device__ __forceinline__ void write(uint32_t to, int lane) const {
+#pragma unroll
+        for (int i = 0; i < kEach; i++) write_fact(to + 8 * (32 * i + lane), factor[i], __float_as_uint(bias[i]));
+    }
+};
+
+// By a warp: of every task, whose loads are under way together.
+template <int kN>
 __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>& memory, int lane) {
+    constexpr int kAtOnce = kN < 128 ? kN : 128;
     wait_for_previous_grid();
-    if (kOfColumns) release_next_grid();
+    release_next_grid();
     for (int n = 0;; n++) {
         const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
         const int at = place_of<kFacts>(n);
-        barrier_wait(memory.facts_free(at), round_of<kFacts>(n) ^ 1);
         const uint32_t to = memory.facts(at);
-        if (kOfColumns) {
-            constexpr int kAtOnce = kN < 128 ? kN : 128;
+        RowFacts rows;
+        ColumnFacts<kAtOnce / 32> columns;
+        rows.load(p.weights, task, lane);
+        columns.load(p, task, 0, lane);
+        barrier_wait(memory.facts_free(at), round_of<kFacts>(n) ^ 1);
+        rows.write(to + 8 * kN, lane);
+        columns.write(p, task, 0, to, lane);
 #pragma unroll 1
-            for (int first = 0; first < task.count; first += kAtOnce) find_columns<kAtOnce / 32>(p, task, first, to, lane);
-        } else {
-            find_rows(p.weights, task, to + 8 * kN, lane);
+        for (int first = kAtOnce; first < task.count; first += kAtOnce) {
+            columns.load(p, task, first, lane);
+            columns.write(p, task, first, to, lane);
         }
         // Every lane: whoever checks for races follows no arrival of one lane for what others wrote.
         barrier_arrive(memory.facts_full(at));

@@ -49,7 +49,10 @@ template <int kN>
 struct Layout {
     // Registers hold the sums, and what is promoted of them.
     static constexpr int kWidth = kPromoted && kN > 64 ? 64 : kN, kChunks = kN / kWidth;
-    static constexpr int kTokens = kN * kRowBytes, kWeights = kSlabs * kSlabStage, kScales = kBlockScales ? 4 * kN : 0;
+    // Stages of a place. A few tokens' products take no longer than it takes to send for copies, so that there large
+    // ones are to be few.
+    static constexpr int kSpan = kN <= 64 ? 2 : 1;
+    static constexpr int kTokens = kSpan * kN * kRowBytes, kWeights = kSpan * kSlabs * kSlabStage, kScales = kBlockScales ? kSpan * 4 * kN : 0;
     static constexpr int kStaged = 2 * kPiece * 128;  // of a warpgroup
     static constexpr int kFactBytes = 8 * (kN + kRows);
     int depth;
@@ -58,10 +61,14 @@ struct Layout {
         extern __shared__ __align__(1024) char shared_memory[];
         return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     }
-    __device__ __forceinline__ uint32_t tokens(int place) const { return base() + place * kTokens; }
-    __device__ __forceinline__ uint32_t weights(int place) const { return base() + depth * kTokens + place * kWeights; }
-    __device__ __forceinline__ uint32_t scales(int place) const {
-        return base() + depth * (kTokens + kWeights) + place * kScales;
+    __device__ __forceinline__ uint32_t tokens(int place, int stage) const {
+        return base() + place * kTokens + stage % kSpan * (kN * kRowBytes);
+    }
+    __device__ __forceinline__ uint32_t weights(int place, int slab, int stage) const {
+        return base() + depth * kTokens + place * kWeights + (slab * kSpan + stage % kSpan) * kSlabStage;
+    }
+    __device__ __forceinline__ uint32_t scales(int place, int stage) const {
+        return base() + depth * (kTokens + kWeights) + place * kScales + stage % kSpan * (4 * kN);
     }
     __device__ __forceinline__ uint32_t after() const { return base() + depth * (kTokens + kWeights + kScales); }
     __device__ __forceinline__ uint32_t staged(int warpgroup) const { return after() + warpgroup * kStaged; }
@@ -89,19 +96,20 @@ struct Place {
 
 struct Task {
     int expert, start, count, row_tile;
+    bool once;  // whether no other tile of tokens reads these weights
 };
 
 // The block's nth task; expert -1 for none. An expert's tiles of one part of the matrix stand next to each other, so that
 // its weights are read from memory once and for the other tiles from L2.
 __device__ __forceinline__ Task task_of(const GemmParams& p, int n) {
     const int all = blockIdx.x / kCluster + n * (gridDim.x / kCluster), at = all / p.row_tiles;
-    if (at >= p.max_tiles) return {-1, 0, 0, 0};
+    if (at >= p.max_tiles) return {-1, 0, 0, 0, false};
     int4 tile = __ldcg(p.tiles + at);
-    if (tile.x < 0) return {-1, 0, 0, 0};
+    if (tile.x < 0) return {-1, 0, 0, 0, false};
     const int nth = tile.w & 0xffff, of = tile.w >> 16, first = at - nth;
     const int local = all - first * p.row_tiles, row_tile = local / of, wanted = local - row_tile * of;
     if (wanted != nth) tile = __ldcg(p.tiles + first + wanted);
-    return {tile.x, tile.y, tile.z, row_tile * kCluster + static_cast<int>(blockIdx.x % kCluster)};
+    return {tile.x, tile.y, tile.z, row_tile * kCluster + static_cast<int>(blockIdx.x % kCluster), of == 1};
 }
 
 __device__ __forceinline__ int stages_of(const GemmParams& p) { return (p.weights.blocks + kBlocks - 1) / kBlocks; }

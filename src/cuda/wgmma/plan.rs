@@ -68,25 +68,30 @@ const PIECE: usize = 32;
 const TASKS: usize = 4;
 const FACTS: usize = 2;
 
+/// Stages of 128 bytes of a row that a place of the ring holds.
+fn span(tile: usize) -> usize {
+    if tile <= 64 { 2 } else { 1 }
+}
+
 /// A block's ring in shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ring {
-    /// Stages.
+    /// Places.
     pub depth: usize,
     /// Bytes of all shared memory.
     pub shared: usize,
 }
 
 impl Ring {
-    /// As deep as `shared` bytes allow; `None` with fewer than three stages.
+    /// As deep as `shared` bytes allow; `None` with fewer than three places.
     pub fn new(kind: Kind, tile: usize, shared: usize) -> Option<Self> {
         let (slab, scales) = if kind == Kind::Fp8Block { (2048 + 64, 4 * tile) } else { (2048, 0) };
-        let stage = tile * ROW_BYTES + SLABS * slab + scales;
+        let place = span(tile) * (tile * ROW_BYTES + SLABS * slab + scales);
         let staged = MATH_GROUPS * 2 * PIECE * 128;
         let facts = FACTS * 8 * (tile + 16 * SLABS);
         let rest = staged + facts + 16 * TASKS + 8 * (2 * MAX_DEPTH + 2 * TASKS + 2 * FACTS);
-        let depth = (shared.checked_sub(rest)? / stage).min(MAX_DEPTH);
-        (depth >= 3).then_some(Self { depth, shared: rest + depth * stage })
+        let depth = (shared.checked_sub(rest)? / place).min(MAX_DEPTH);
+        (depth >= 3).then_some(Self { depth, shared: rest + depth * place })
     }
 }
 
@@ -178,6 +183,7 @@ mod tests {
             "kTasks = 4, kFacts = 2;",
             "kStaged = 2 * kPiece * 128;",
             "kFactBytes = 8 * (kN + kRows);",
+            "kSpan = kN <= 64 ? 2 : 1;",
         ] {
             assert!(task.contains(text), "{text}");
         }
