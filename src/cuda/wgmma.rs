@@ -4,6 +4,7 @@
 //! Tokens go to the rows of all their experts, as they are or quantised, in the order in which the products take columns
 //! (kernels/common/order.cuh), so that what the blocks of a cluster share can be copied to all of them at once.
 
+mod cost;
 mod plan;
 
 use super::activation::Activation;
@@ -12,12 +13,13 @@ use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::operands::{Operands, OrderedPlanes};
-use super::pack::PackedExperts;
+use super::pack::{BLOCK, PackedExperts};
 use super::permute::{Permute, Plan, ROW_BYTES, Source, Sum, TILE_BYTES, max_rows, max_tiles, scratch_bytes};
 use super::projection::Matrix;
 use super::{CudaError, FATBINS, Stream, quantize};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::scheme::QuantKey;
+use cost::{Layer, Load, Projection};
 pub(super) use plan::TILES;
 use plan::{CLUSTER, Kind, Ring, SLABS, THREADS};
 
@@ -131,13 +133,13 @@ struct Call {
     /// Tokens, or slots of all experts, and how many assignments each is.
     sources: usize,
     copies: usize,
-    /// Experts that assignments are to.
-    experts: usize,
+    /// Tokens, or slots of an expert.
+    size: usize,
 }
 
 /// A layer's kernels. The packed projections belong to another: see [`new`](Wgmma::new).
 pub(super) struct Wgmma {
-    fp8: bool,
+    kind: Kind,
     /// By the place in `TILES`.
     kernels: [Option<(Kernel, Ring)>; TILES.len()],
     permute: Permute,
@@ -149,6 +151,8 @@ pub(super) struct Wgmma {
     /// Columns of the activation's result.
     middle: usize,
     blocks: u32,
+    /// From how many tokens (or slots of an expert) on each of `TILES` is taken.
+    tiles_from: [usize; TILES.len()],
     config: MoeConfig,
     /// Tokens of a tile, instead of what suits a call's size.
     pub tile: Option<usize>,
@@ -174,8 +178,8 @@ impl Wgmma {
         let short = planes(packed.hidden.max(packed.middle)) <= MAX_PLANES;
         let fatbin = kind.fatbins()[format.compute as usize];
         let built = FATBINS.iter().any(|f| f.name == fatbin && f.runs_on(info.capability));
-        let clusters = info.sms as usize >= CLUSTER;
-        if info.capability != 90 || !clusters || !scales || !short || !built {
+        let clusters = info.sms as usize / CLUSTER;
+        if info.capability != 90 || clusters == 0 || !scales || !short || !built {
             return Ok(None);
         }
         let stored = match stored {
@@ -210,8 +214,23 @@ impl Wgmma {
                 quantizer,
             })
         };
+        let layer = Layer {
+            kind,
+            projections: matrices.map(|m| Projection {
+                row_tiles: row_tiles(&m),
+                stages: (m.blocks as usize * BLOCK * kind.bytes()).div_ceil(ROW_BYTES),
+            }),
+            local_experts: config.local_experts,
+            clusters,
+            row: 2 * (packed.hidden + packed.middle),
+        };
+        let (chance, batched) =
+            (config.topk as f64 / config.experts as f64, config.format == ActivationFormat::Batched);
+        // Slots may be full, and too small a tile costs more than one too large.
+        let load = |tokens: usize| Load { tokens, chance: if batched { 1.0 } else { chance } };
         Ok(Some(Self {
-            fp8: matches!(kind, Kind::Fp8 | Kind::Fp8Block),
+            kind,
+            tiles_from: layer.tiles_from(load),
             kernels,
             permute: Permute::new(gpu, config)?,
             matrices,
@@ -219,20 +238,15 @@ impl Wgmma {
             stored,
             unlift: 1.0 / format.lift(),
             middle: packed.middle,
-            blocks: info.sms / CLUSTER as u32 * CLUSTER as u32,
+            blocks: (clusters * CLUSTER) as u32,
             config: *config,
             tile: None,
         }))
     }
 
-    /// From how many tokens on, or slots of an expert, these kernels are faster than `cuda_mma`'s (benches/RESULTS.md).
+    /// From how many tokens on, or slots of an expert, these kernels are faster than `cuda_mma`'s.
     pub fn pays_from(&self) -> usize {
-        // Twice the tokens of an expert; the others unpack fp8.
-        let twice = if self.fp8 { 1 } else { 8 };
-        match self.config.format {
-            ActivationFormat::Standard => (twice * self.config.experts).div_ceil(2 * self.config.topk),
-            ActivationFormat::Batched => usize::div_ceil(twice, 2),
-        }
+        self.kind.pays_from(&self.config)
     }
 
     /// Tokens that go through one pass.
@@ -245,10 +259,14 @@ impl Wgmma {
         Parts::new(self, tokens).map_or(usize::MAX, |p| p.all)
     }
 
-    fn kernel(&self, assignments: usize, experts: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
-        let wanted = self.tile.unwrap_or_else(|| plan::tile(assignments, experts));
-        let fitting = TILES.into_iter().zip(&self.kernels).rev().filter(|(t, _)| *t <= wanted.max(TILES[0]));
-        let found = fitting.into_iter().find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
+    /// The kernel for so many tokens, or slots of an expert: of the wanted tile, or the largest below it that this GPU runs.
+    fn kernel(&self, size: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
+        let wanted = match self.tile {
+            Some(wanted) => TILES.iter().rposition(|t| *t <= wanted),
+            None => self.tiles_from.iter().rposition(|from| *from <= size),
+        };
+        let fitting = TILES.into_iter().zip(&self.kernels).take(wanted.unwrap_or(0) + 1).rev();
+        let found = { fitting }.find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
         found.ok_or(CudaError::NoKernel("wgmma"))
     }
 
@@ -277,7 +295,7 @@ impl Wgmma {
                 out: workspace + parts.results as u64,
                 sources: tokens,
                 copies: c.topk,
-                experts: c.experts,
+                size: tokens,
             };
             let sum = Sum { results: call.out, ids, weights, map, output: pass.output };
             // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
@@ -308,7 +326,7 @@ impl Wgmma {
             out: t.output.address(),
             sources: max * c.local_experts,
             copies: 1,
-            experts: c.local_experts,
+            size: max,
         };
         // SAFETY: as above.
         unsafe { self.gemms(stream, call, &parts) }
@@ -321,7 +339,7 @@ impl Wgmma {
     unsafe fn gemms(&self, stream: &Stream, call: Call, parts: &Parts) -> Result<(), CudaError> {
         let c = &self.config;
         let assignments = call.sources * call.copies;
-        let (tile, kernel, ring) = self.kernel(assignments, call.experts)?;
+        let (tile, kernel, ring) = self.kernel(call.size)?;
         let tiles = max_tiles(assignments, c.local_experts, tile);
         let count = max_rows(assignments, c.local_experts, ALIGN);
         let at = |part: usize| call.workspace + part as u64;
@@ -393,7 +411,7 @@ impl Wgmma {
     /// # Safety
     /// As for [`gemms`](Self::gemms).
     unsafe fn gemm(&self, stream: &Stream, kernel: &Kernel, ring: Ring, params: GemmParams) -> Result<(), CudaError> {
-        let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS * CLUSTER);
+        let row_tiles = row_tiles(&params.weights);
         let tasks = row_tiles.checked_mul(params.max_tiles as usize).filter(|n| *n <= i32::MAX as usize / 4);
         let blocks = self.blocks.min((tasks.ok_or(TOO_LARGE)? * CLUSTER) as u32);
         let params = GemmParams { row_tiles: row_tiles as i32, ..params };
@@ -401,6 +419,11 @@ impl Wgmma {
         // SAFETY: the kernel's only parameter; the rest is the caller's promise.
         unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)]) }
     }
+}
+
+/// Tasks of a cluster for a tile of tokens.
+fn row_tiles(matrix: &Matrix) -> usize {
+    (matrix.slabs as usize).div_ceil(SLABS * CLUSTER)
 }
 
 const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the GPU's 32-bit counts: split the batch");
