@@ -47,7 +47,7 @@ case "${1:-}" in
         [ "$tool $name" != "racecheck cuda_mma" ] || continue
         echo "== $tool $name"
         compute-sanitizer --tool "$tool" --error-exitcode 1 "./test_$name" \
-          a_token_may few_tokens the_batched expert_parallel codes_and_scales rows_are
+          a_token_may few_tokens the_batched each_number many_slots expert_parallel codes_and_scales rows_are
       done
     done
     ;;

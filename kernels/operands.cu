@@ -21,7 +21,7 @@ struct OperandsParams {
     const int* present;  // [sources] or null: rows with a negative number here are not written
     const float* stored; // the scale of static keys
     uint4* codes;        // [planes][rows] lines of 128 bytes
-    float* scales;       // [groups][rows], of dynamic keys
+    float* scales;       // [groups][rows], written for dynamic keys; read where experts have stored scales of their own
     int columns;         // a multiple of 8
     int planes, rows;
     int sources, copies;
@@ -51,8 +51,10 @@ struct Places {
     }
 };
 
-template <class T, class K>
+// kByRow: the stored scale is that of the row that codes go to.
+template <class T, class K, bool kByRow = false>
 __device__ __forceinline__ void operands(const OperandsParams& p) {
+    static_assert(!kByRow || K::kScale == ScaleKind::kStored, "");
     constexpr bool kOfRow = K::kScale == ScaleKind::kF32 && K::kGroup == 0;
     __shared__ uint32_t tops[kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -75,7 +77,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
 
     Scale scale = {0.f, 0};
     Raw<T> kept[kKept][kSteps];
-    if constexpr (K::kStored) scale = stored_scale(__ldcg(p.stored));
+    if constexpr (K::kStored && !kByRow) scale = stored_scale(__ldcg(p.stored));
     if constexpr (kOfRow) {
         uint32_t top = 0;
 #pragma unroll
@@ -111,7 +113,8 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
         }
     }
 
-    const auto emit = [&](int time, const Raw<T> (&raw)[kSteps]) {
+    // A lane's 16 bytes of codes: lane t of four has the first or second of 32 columns of either step.
+    const auto codes_of = [&](int time, const Raw<T> (&raw)[kSteps], const Scale& scale) {
         uint32_t words[4];
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
@@ -135,12 +138,23 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
             divide<K>(v, of, q);
             if (has_codes(of)) words[2 * s] = four_codes<K>(q), words[2 * s + 1] = four_codes<K>(q + 4);
         }
-        // Lane t of four has the first or second 16 bytes of 32 columns of either step.
-        const uint4 v = exchanged(words, lane);
+        return exchanged(words, lane);
+    };
+    const auto emit = [&](int time, const Raw<T> (&raw)[kSteps]) {
         const int group = (kSteps * time + lane % 4 / 2) * 8 + lane / 4, chunk = 2 * group + lane % 2;
-        places.for_each([&](int row) {
+        const auto store = [&](int row, const uint4& v) {
             if (chunk < 8 * p.planes) p.codes[ordered_place(chunk, row, p.rows)] = v;
-        });
+        };
+        if constexpr (kByRow) {
+#pragma unroll 1
+            for (int i = 0; i < places.count; i++) {
+                const int row = __shfl_sync(~0u, places.mine, i);
+                if (row >= 0) store(row, codes_of(time, raw, stored_scale(__ldcg(p.scales + row))));
+            }
+        } else {
+            const uint4 v = codes_of(time, raw, scale);
+            places.for_each([&](int row) { store(row, v); });
+        }
     };
     if constexpr (kOfRow) {
 #pragma unroll
@@ -160,17 +174,22 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
 }  // namespace
 
 // grid (rows, or rows / kWarps)
-#define MOE_ENTRY(name, suffix, T, ...)                                                                               \
-    extern "C" __global__ void __launch_bounds__(kThreads, 5) operands_##name##_##suffix(                               \
-        const __grid_constant__ OperandsParams p) {                                                                   \
-        operands<T, Key<__VA_ARGS__>>(p);                                                                             \
+#define MOE_ENTRY(name, suffix, ...)                                                        \
+    extern "C" __global__ void __launch_bounds__(kThreads, 5) operands_##name##_##suffix(   \
+        const __grid_constant__ OperandsParams p) {                                         \
+        operands<__VA_ARGS__>(p);                                                           \
     }
-#define MOE_ENTRIES(name, ...)                           \
-    MOE_ENTRY(name, bf16, __nv_bfloat16, __VA_ARGS__)    \
-    MOE_ENTRY(name, f16, __half, __VA_ARGS__)
+#define MOE_ENTRIES(name, ...)                                                              \
+    MOE_ENTRY(name, bf16, __nv_bfloat16, Key<__VA_ARGS__>)                                  \
+    MOE_ENTRY(name, f16, __half, Key<__VA_ARGS__>)
+#define MOE_BY_ROW(name, Elem)                                                              \
+    MOE_ENTRY(name, bf16, __nv_bfloat16, Key<Elem, ScaleKind::kStored, 0>, true)            \
+    MOE_ENTRY(name, f16, __half, Key<Elem, ScaleKind::kStored, 0>, true)
 
 MOE_ENTRIES(fp8_tensor, E4m3, ScaleKind::kStored, 0)
 MOE_ENTRIES(fp8_token, E4m3, ScaleKind::kF32, 0)
 MOE_ENTRIES(fp8_128, E4m3, ScaleKind::kF32, 128)
 MOE_ENTRIES(int8_tensor, Int8, ScaleKind::kStored, 0)
 MOE_ENTRIES(int8_token, Int8, ScaleKind::kF32, 0)
+MOE_BY_ROW(fp8_expert, E4m3)
+MOE_BY_ROW(int8_expert, Int8)

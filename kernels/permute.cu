@@ -2,7 +2,8 @@
 // experts after it.
 //
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, or, for many, of several that
-// count their parts first, in whatever order within an expert, which no result depends on. Then it lists tiles of at most
+// count their parts first, in whatever order within an expert, which no result depends on. In the batched format they are
+// sorted as they lie, and only moved together where rows are wanted. Then it lists tiles of at most
 // `tile` assignments of one expert, in the order of experts, and fills the rest of the list, whose length the host knows
 // only as a bound, with -1. An expert's tiles are as equal as multiples of kGranularity allow: a small one costs nearly as
 // much as a large one.
@@ -31,12 +32,14 @@ struct PlanParams {
     const int* ids;     // [assignments], global, -1 for none
     const int* map;     // [experts] global to local, or null
     const int* counts;  // batched format: [local experts]; ids are null then
-    int* rows;          // [rows_count], written: sorted assignments, -1 where there is none
+    int* rows;          // [rows_count], written: sorted assignments, -1 where there is none; null: rows are slots
     int4* tiles;        // [max_tiles], written; kernels/mma.cu says what they hold
-    int* places;        // [assignments], written: where each is in `rows`, or -1; or null
+    int* places;        // [assignments], written with `rows`: where each is there, or -1; or null
     int* parts;         // [blocks, local experts] assignments to each expert in a block's part; null for one block
+    const float* stored;  // [2][local experts] scales of both projections' inputs, or null
+    float* scales[2];     // [rows_count] each, written with `rows` where they are stored: those of a row's expert
     int assignments, experts, local_experts;
-    int max_tokens;     // batched format: an expert's tokens lie this far apart
+    int max_tokens;     // batched format: an expert's slots, each of which is an assignment where there are `rows`
     int tile, max_tiles;
     int part;           // assignments of a block
     int align;          // an expert's rows begin at a multiple of this
@@ -44,7 +47,7 @@ struct PlanParams {
     int unused;
 };
 // src/cuda/permute.rs has the same.
-static_assert(sizeof(PlanParams) == 96, "");
+static_assert(sizeof(PlanParams) == 120, "");
 
 // Calls f(assignment, local expert or -1) for the thread's assignments of the block's part.
 template <class F>
@@ -119,10 +122,23 @@ struct SpreadParams {
     int rows, topk;
     int eights;         // of 8 columns, that a token has; what the last plane has more is zeros
     int planes_count;
+    int tokens, unused;
 };
-static_assert(sizeof(SpreadParams) == 40, "");
+static_assert(sizeof(SpreadParams) == 48, "");
 
 constexpr int kSpreadThreads = 256;
+// Slots of the batched format that a block takes: most may be empty.
+constexpr int kSlots = 8;
+
+// A token's 16-byte chunk as planes have it: four pairs that are eight columns apart.
+__device__ __forceinline__ uint4 spread_chunk(const SpreadParams& p, int token, int at) {
+    const int first = at / 4 * 4;
+    const uint32_t* from = p.x + (static_cast<long long>(token) * p.eights + first) * 4 + at % 4;
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = first + i < p.eights ? __ldg(from + 4 * i) : 0;
+    return make_uint4(v[0], v[1], v[2], v[3]);
+}
 
 struct CombineParams {
     const void* results;   // [tokens * topk, hidden], 16-bit; those of absent experts are not read
@@ -197,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_count(const __grid
 
 // grid (parts): after moe_count where there are several
 extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_constant__ PlanParams p) {
-    __shared__ int places[kMaxExperts];
+    __shared__ int places[kMaxExperts], ends[kMaxExperts];
     const int t = threadIdx.x;
     places[t] = 0;
     __syncthreads();
@@ -223,8 +239,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     int2 all;
     const int room = (count + p.align - 1) / p.align * p.align;
     const int2 before = sum_before(make_int2(room, tiles), all);
-    const int start = p.counts != nullptr ? t * p.max_tokens : before.x;
-    places[t] = before.x + earlier;
+    const int start = p.rows != nullptr ? before.x : t * p.max_tokens;
+    places[t] = start + earlier, ends[t] = start + count;
     const int even = (count + tiles - 1) / max(tiles, 1);
     const int each = min(p.tile, (even + kGranularity - 1) / kGranularity * kGranularity);
     if (blockIdx.x == 0) {
@@ -232,17 +248,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
             p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
         }
         for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
-        if (p.counts == nullptr) {
+        if (p.rows != nullptr) {
             for (int i = count; i < room; i++) p.rows[start + i] = -1;
         }
     }
+    if (p.rows == nullptr) return;
     __syncthreads();
-    if (p.counts != nullptr) return;
-    for_each(p, [&](int at, int expert) {
-        const int place = expert >= 0 ? atomicAdd(&places[expert], 1) : -1;
-        if (place >= 0) p.rows[place] = at;
+    const auto put = [&](int at, int expert, int place) {
         if (p.places != nullptr) p.places[at] = place;
-    });
+        if (place < 0) return;
+        p.rows[place] = at;
+        if (p.stored == nullptr) return;
+#pragma unroll
+        for (int i = 0; i < 2; i++) p.scales[i][place] = __ldg(p.stored + i * p.local_experts + expert);
+    };
+    if (p.counts != nullptr) {
+        const int first = blockIdx.x * p.part, end = min(first + p.part, p.assignments);
+        for (int at = first + t; at < end; at += kThreads) {
+            const int expert = at / p.max_tokens, place = places[expert] + at - expert * p.max_tokens;
+            put(at, expert, place < ends[expert] ? place : -1);
+        }
+    } else {
+        for_each(p, [&](int at, int expert) { put(at, expert, expert >= 0 ? atomicAdd(&places[expert], 1) : -1); });
+    }
     const int nth = blockIdx.x * kThreads + t;
     for (int i = all.x + nth; i < p.rows_count; i += gridDim.x * kThreads) p.rows[i] = -1;
 }
@@ -284,17 +312,27 @@ extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread(const __
     moe::release_next_grid();
     const int token = blockIdx.x, at = blockIdx.y * kSpreadThreads + threadIdx.x;
     if (at >= kChunks * p.planes_count) return;
-    // The chunk's four pairs are eight columns apart.
-    const int first = at / 4 * 4;
-    const uint32_t* from = p.x + (static_cast<long long>(token) * p.eights + first) * 4 + at % 4;
-    uint32_t v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = first + i < p.eights ? __ldg(from + 4 * i) : 0;
+    const uint4 v = spread_chunk(p, token, at);
 #pragma unroll 4
     for (int slot = 0; slot < p.topk; slot++) {
         const int row = __ldcg(p.places + token * p.topk + slot);
         if (row < 0) continue;
-        p.planes[moe::ordered_place(at, row, p.rows)] = make_uint4(v[0], v[1], v[2], v[3]);
+        p.planes[moe::ordered_place(at, row, p.rows)] = v;
+    }
+}
+
+// grid (slots / kSlots, parts of a row): the same in the batched format, whose empty slots are not read
+extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread_slots(const __grid_constant__ SpreadParams p) {
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
+    const int first = blockIdx.x * kSlots, at = blockIdx.y * kSpreadThreads + threadIdx.x;
+    if (at >= kChunks * p.planes_count) return;
+    int rows[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; i++) rows[i] = first + i < p.tokens ? __ldcg(p.places + first + i) : -1;
+#pragma unroll
+    for (int i = 0; i < kSlots; i++) {
+        if (rows[i] >= 0) p.planes[moe::ordered_place(at, rows[i], p.rows)] = spread_chunk(p, first + i, at);
     }
 }
 

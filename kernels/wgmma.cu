@@ -67,7 +67,8 @@ __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<k
         const int facts = place_of<kFacts>(n);
         barrier_wait(memory.facts_full(facts), round_of<kFacts>(n));
         finish.write(acc, task, width, memory.facts(facts));
-        warp_arrive(memory.facts_free(facts), lane);
+        // Every lane, as for what is full.
+        barrier_arrive(memory.facts_free(facts));
     }
 }
 
@@ -88,7 +89,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
             barrier_init(memory.task_full(i), 1), barrier_init(memory.task_free(i), kMathWarps + 3);
         }
         for (int i = 0; i < kFacts; i++) {
-            barrier_init(memory.facts_full(i), 32), barrier_init(memory.facts_free(i), kMathWarps);
+            barrier_init(memory.facts_full(i), 32), barrier_init(memory.facts_free(i), kMathThreads);
         }
         barrier_init_done();
     }

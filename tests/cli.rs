@@ -46,6 +46,8 @@ fn usage_errors_exit_with_2() {
         &["bench", "--preset", "nonsense"],
         &["bench", "--preset", "tiny", "--tokens", "0"],
         &["bench", "--threads", "0"],
+        &["bench", "--skew", "-1"],
+        &["bench", "--skew", "much"],
         &["bench", "--device", "gpu"],
         &["bench", "--preset", "tiny,nonsense"],
         &["doctor", "--nonsense"],
@@ -144,17 +146,20 @@ fn bench_writes_rows_and_a_plot() {
         "2",
         "--backend",
         "cpu_reference",
+        "--skew",
+        "1.5",
         "--json",
         json.to_str().unwrap(),
         "--plot",
         plot.to_str().unwrap(),
     ]));
     assert!(text.contains("int4-g32") && text.contains("GB/s read"), "{text}");
+    assert!(text.contains("Zipf's law with exponent 1.5"), "{text}");
 
     let report: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
     let keys = |v: &Value| v.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
     let set = |names: &[&str]| names.iter().map(|n| n.to_string()).collect::<BTreeSet<_>>();
-    assert_eq!(keys(&report), set(&["machine", "limits", "rows"]));
+    assert_eq!(keys(&report), set(&["machine", "limits", "skew", "rows"]));
     assert_eq!(keys(&report["machine"]), set(&["cpu", "cores", "isa"]));
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 24);

@@ -4,6 +4,7 @@
 mod common;
 
 use common::packed::{self, oracle};
+use common::reference::Reference;
 use common::*;
 use moe_oracle::config::*;
 use moe_oracle::cuda::{CudaKernel, Families, Stream};
@@ -46,16 +47,12 @@ fn wgmma(stream: &Stream, layer: &Layer, wgmma_tile: Option<usize>, map: Option<
     kernel
 }
 
-/// What these kernels quantise activations to. Where experts have stored scales of their own, `cuda_mma` serves the layer,
-/// which multiplies int8 as keyed, too, and keeps activations exact for fp8.
+/// What these kernels quantise activations to. Stored scales with routing weights on the input are `cuda_mma`'s, which
+/// multiplies int8 as keyed, too, and keeps activations exact for fp8.
 fn key(layer: &Layer) -> Option<QuantKey> {
     let key = QuantKey::from_bits(layer.oracle.activation)?;
-    if layer.oracle.scheme == Scheme::Int8 {
-        return Some(key);
-    }
-    let scales = layer.weights.experts.iter().map(|e| (e.input_scale, e.down_input_scale));
-    let one = scales.clone().all(|s| Some(s) == scales.clone().next());
-    (key.scale.dynamic || (one && !layer.config.weight_on_input)).then_some(key)
+    let served = key.scale.dynamic || !layer.config.weight_on_input || layer.oracle.scheme == Scheme::Int8;
+    served.then_some(key)
 }
 
 /// All experts' stored scales the first one's.
@@ -142,7 +139,9 @@ fn every_tile_gives_the_same_bits() {
     for (n, oracle) in oracles() {
         let c = MoeConfig { bias: n % 2 == 0, ..config(6, 3, 352, 416) };
         let mut layer = weights::layer(&mut Rng(7000 + n as u64), oracle, c);
-        share_scales(&mut layer);
+        if n % 2 == 0 {
+            share_scales(&mut layer);
+        }
         let of = |tile| check(&stream, &wgmma(&stream, &layer, tile, None), &layer, &mut Rng(7100), 333, Skew::Zipf);
         let want = of(None);
         for tile in TILES {
@@ -161,6 +160,108 @@ fn with_batch_invariance_a_token_is_alone() {
         let kernel = wgmma(&stream, &layer, None, None);
         packed::tokens_are_alone(&stream, &kernel, &layer, &mut rng, 275, &[0, 1, 13, 40, 274]);
     }
+}
+
+/// Slots of the batched format: expert after expert, with NaNs where there is no token, and those tokens' rows.
+fn slots(rng: &mut Rng, layer: &Layer, counts: &[i32], max: usize) -> (Vec<f32>, Vec<usize>) {
+    let mut x = hidden(rng, counts.len() * max, &layer.config);
+    let (full, empty): (Vec<usize>, Vec<usize>) =
+        (0..counts.len() * max).partition(|row| row % max < counts[row / max] as usize);
+    let h = layer.config.hidden;
+    empty.iter().for_each(|row| x[row * h..(row + 1) * h].fill(f32::NAN));
+    (x, full)
+}
+
+fn rows_of<T: Copy>(x: &[T], width: usize, rows: &[usize]) -> Vec<T> {
+    rows.iter().flat_map(|r| x[r * width..(r + 1) * width].iter().copied()).collect()
+}
+
+/// Each token of the batched format has the bits that it has in the standard one as its expert's only, and nothing else is
+/// written; the same launches serve other counts.
+#[test]
+fn the_batched_format_gives_what_the_standard_one_gives() {
+    let Some(stream) = stream() else { return };
+    let counts = [[3, 0, 300, 1, 40], [0, 17, 64, 300, 9]];
+    for (n, oracle) in oracles() {
+        for (m, (max, h, i)) in [(300, 96, 192), (301, 1032, 160)].into_iter().enumerate() {
+            let mut rng = Rng(6000 + n as u64);
+            let input = if (n + m) % 2 == 0 { InputType::Bf16 } else { InputType::F16 };
+            let standard = weights::layer(&mut rng, oracle, MoeConfig { bias: true, input, ..config(5, 1, h, i) });
+            let batched = Layer {
+                oracle,
+                config: MoeConfig { format: ActivationFormat::Batched, ..standard.config },
+                weights: standard.weights.clone(),
+            };
+            let tile = [None, Some(64), Some(128), Some(256)][(n + m) % 4];
+            let (one, many) = (wgmma(&stream, &standard, None, None), wgmma(&stream, &batched, tile, None));
+            let given = counts.map(|counts| slots(&mut rng, &standard, &counts, max));
+            let call = gpu::BatchedCall::new(&stream, &many, &given[0].0, &counts[0], max);
+            call.launch(&stream, &many);
+            let first = call.output_bits(&stream);
+            let second = call.replay(&stream, &many, &given[1].0, &counts[1]);
+            for (y, (x, full)) in [first, second].iter().zip(&given) {
+                let tokens = rows_of(x, h, full);
+                let ids: Vec<i32> = full.iter().map(|row| (row / max) as i32).collect();
+                let ones = vec![1.0; ids.len()];
+                let have = gpu::values(input, &rows_of(y, h, full));
+                assert_eq!(gpu::forward(&stream, &one, &tokens, &ids, &ones), have, "{}, {tile:?}", oracle.alias);
+                let stored = packed::as_stored(&standard);
+                let want = Reference::new(&stored, key(&standard)).forward(&tokens, &ids, &ones, None);
+                let error = relative_error(&have, &want);
+                assert!(error < if key(&standard).is_some() { 2e-2 } else { 6e-3 }, "{}: {error:e}", oracle.alias);
+                let written = |row: usize| y[row * h..(row + 1) * h].iter().any(|v| *v != 0xffff);
+                assert!(
+                    (0..5 * max).all(|row| full.contains(&row) || !written(row)),
+                    "{}: an empty slot",
+                    oracle.alias
+                );
+            }
+        }
+    }
+}
+
+/// From 2048 slots on the plan is made by several blocks.
+#[test]
+fn many_slots_of_which_few_are_taken() {
+    let Some(stream) = stream() else { return };
+    for (alias, max) in [("Bf16", 1500), ("Fp8Tensor", 700), ("Int8Channel", 2100)] {
+        let mut rng = Rng(6200);
+        let c = MoeConfig { format: ActivationFormat::Batched, ..config(7, 1, 64, 64) };
+        let layer = weights::layer(&mut rng, oracle(alias), c);
+        let kernel = wgmma(&stream, &layer, None, None);
+        let counts = [0, 1, max as i32, 0, 33, 8, 0];
+        let (x, full) = slots(&mut rng, &layer, &counts, max);
+        let y = gpu::forward_batched(&stream, &kernel, &x, &counts, max);
+        let stored = packed::as_stored(&layer);
+        let mut reference = Reference::new(&stored, key(&layer));
+        let ids: Vec<i32> = full.iter().map(|row| (row / max) as i32).collect();
+        let want = reference.forward(&rows_of(&x, 64, &full), &ids, &vec![1.0; ids.len()], None);
+        let error = relative_error(&rows_of(&y, 64, &full), &want);
+        assert!(error < if key(&layer).is_some() { 2.5e-2 } else { 6e-3 }, "{alias}: {error:e}");
+        let empty = (0..7 * max).filter(|row| row % max >= counts[row / max] as usize);
+        assert!(empty.flat_map(|row| &y[row * 64..(row + 1) * 64]).all(|v| v.is_nan()), "{alias}: an empty slot");
+    }
+}
+
+#[test]
+fn each_number_of_slots_goes_to_its_kernels() {
+    let Some(stream) = stream() else { return };
+    let c = MoeConfig { format: ActivationFormat::Batched, ..config(5, 1, 256, 128) };
+    let layer = weights::layer(&mut Rng(8200), oracle("Fp8Channel"), c);
+    let all = gpu::kernel(&stream, &layer, KIND, None);
+    let families = all.families().unwrap();
+    assert!(families.decode_up_to == 8 && families.wgmma_from <= 9, "{families:?}");
+    let decode = gpu::kernel(&stream, &layer, ExpertsKind::Decode, None);
+    let hopper = wgmma(&stream, &layer, None, None);
+    for (max, want) in [(1, &decode), (8, &decode), (9, &hopper), (70, &hopper)] {
+        let mut rng = Rng(8300);
+        let counts = [1, 0, max as i32, 1, 1];
+        let (x, full) = slots(&mut rng, &layer, &counts, max);
+        let bits = |kernel| rows_of(&gpu::forward_batched(&stream, kernel, &x, &counts, max), 256, &full);
+        assert_eq!(bits(&all), bits(want), "{max} slots");
+    }
+    let sizes: Vec<usize> = (0..300).map(|t| all.workspace_bytes(t)).collect();
+    assert!(sizes.is_sorted(), "{sizes:?}");
 }
 
 #[test]
@@ -216,9 +317,12 @@ fn a_long_row_of_large_layers() {
 #[test]
 fn many_tokens_give_the_bits_of_few() {
     let Some(stream) = stream() else { return };
-    for (n, alias) in ["Bf16", "Fp8Block", "Fp8Channel", "Fp8Tensor", "Int8Channel"].into_iter().enumerate() {
+    let aliases = ["Bf16", "Fp8Block", "Fp8Channel", "Fp8Tensor", "Fp8ChannelTensor", "Int8Channel", "Int8Tensor"];
+    for (n, alias) in aliases.into_iter().enumerate() {
         let mut layer = weights::layer(&mut Rng(9500 + n as u64), oracle(alias), config(16, 3, 1224, 160));
-        share_scales(&mut layer);
+        if alias == "Fp8Tensor" {
+            share_scales(&mut layer);
+        }
         let kernel = wgmma(&stream, &layer, Some(64), None);
         let (tokens, h, k) = (2300, layer.config.hidden, layer.config.topk);
         let mut rng = Rng(9600);

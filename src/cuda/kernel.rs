@@ -63,7 +63,7 @@ pub struct Families {
     pub decode_up_to: usize,
     /// The grouped GEMM's tile, instead of the one that suits a call's size.
     pub tile: Option<Tile>,
-    /// From so many tokens on `cuda_wgmma` goes to Hopper's own kernels; `usize::MAX` for never.
+    /// From so many tokens (or slots) on `cuda_wgmma` goes to Hopper's own kernels; `usize::MAX` for never.
     pub wgmma_from: usize,
     /// Their tile: 64, 128 or 256 tokens, instead of the one that suits a call's size.
     pub wgmma_tile: Option<usize>,
@@ -264,6 +264,7 @@ impl CudaKernel {
             match &self.experts {
                 Experts::Decode(experts) => experts.forward_batched(stream, t, max),
                 Experts::Mma(_, decode, _, f) if max <= f.decode_up_to => decode.forward_batched(stream, t, max),
+                Experts::Mma(_, _, Some(wgmma), f) if max >= f.wgmma_from => wgmma.forward_batched(stream, t, max),
                 Experts::Mma(mma, ..) => mma.forward_batched(stream, t, max),
                 Experts::Emulation(_) => Err(CudaError::Argument("the emulation takes the standard format only")),
             }

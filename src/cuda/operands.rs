@@ -24,6 +24,9 @@ const SERVED: [Served; 5] = [
     served!("int8_tensor", [INT8_STATIC_TENSOR_SYM]),
     served!("int8_token", [INT8_DYNAMIC_TOKEN_SYM, INT8_DYNAMIC_TENSOR_SYM]),
 ];
+/// The same where each expert has a stored scale of its own.
+const BY_EXPERT: [Served; 2] =
+    [served!("fp8_expert", [FP8_STATIC_TENSOR_SYM]), served!("int8_expert", [INT8_STATIC_TENSOR_SYM])];
 
 const WARPS: usize = 8;
 /// From so many rows on, a warp to each.
@@ -40,9 +43,9 @@ pub(super) struct OrderedPlanes {
     pub places: u64,
     /// As above, 32 at most; 0 without places.
     pub copies: usize,
-    /// `[sources]`, i32: rows with a negative number are left out; 0 for none.
+    /// `[sources]`, i32: those with a negative number are left out, and not read; 0 for none.
     pub present: u64,
-    /// The scale of static keys, f32; or 0.
+    /// The scale of static keys that all rows share, f32; or 0.
     pub stored: u64,
 }
 
@@ -75,9 +78,10 @@ pub(super) struct Operands {
 }
 
 impl Operands {
-    /// For rows of `columns` columns, a multiple of 8.
-    pub fn new(gpu: &Gpu, key: QuantKey, input: InputType, columns: usize) -> Result<Self, CudaError> {
-        let served = SERVED.iter().find(|(_, keys)| keys.contains(&key));
+    /// For rows of `columns` columns, a multiple of 8. With scales `by_expert`, which are stored, those of the rows are read.
+    pub fn new(gpu: &Gpu, key: QuantKey, input: InputType, columns: usize, by_expert: bool) -> Result<Self, CudaError> {
+        let table = if by_expert { &BY_EXPERT[..] } else { &SERVED[..] };
+        let served = table.iter().find(|(_, keys)| keys.contains(&key));
         let place = match input {
             InputType::Bf16 => 0,
             InputType::F16 => 1,
@@ -87,7 +91,7 @@ impl Operands {
         };
         let (entries, _) = served.ok_or(CudaError::Argument("this key is not one that Hopper's products take"))?;
         let scales = match (key.scale.dynamic, key.scale.group.cols) {
-            (false, _) => 0,
+            (false, _) => usize::from(by_expert),
             (true, Extent::Len(n)) => columns.div_ceil(n as usize),
             (true, _) => 1,
         };
@@ -138,10 +142,12 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = include_str!("../../kernels/operands.cu");
         assert!(source.contains(&format!("kWarps = {WARPS},")));
-        for ([bf16, f16], _) in SERVED {
-            let name = bf16.trim_start_matches("operands_").trim_end_matches("_bf16");
-            assert!(source.contains(&format!("MOE_ENTRIES({name}, ")), "{name}");
-            assert_eq!(f16, format!("operands_{name}_f16"));
+        for (table, entries) in [(&SERVED[..], "MOE_ENTRIES"), (&BY_EXPERT[..], "MOE_BY_ROW")] {
+            for ([bf16, f16], _) in table {
+                let name = bf16.trim_start_matches("operands_").trim_end_matches("_bf16");
+                assert!(source.contains(&format!("{entries}({name}, ")), "{name}");
+                assert_eq!(*f16, format!("operands_{name}_f16"));
+            }
         }
     }
 }

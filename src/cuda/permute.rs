@@ -19,6 +19,8 @@ const COMBINE_THREADS: usize = 256;
 /// Assignments that a block sorts.
 const PART: usize = 2048;
 const SPREAD_THREADS: usize = 256;
+/// Slots of the batched format that a block takes.
+const SPREAD_SLOTS: usize = 8;
 const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for a grid of the GPU: split the batch");
 /// Warps of a block that lays tokens out, and the 16-byte chunks of a row that each copies.
 const LAY_OUT_WARPS: usize = 8;
@@ -35,6 +37,8 @@ struct PlanParams {
     tiles: u64,
     places: u64,
     parts: u64,
+    stored: u64,
+    scales: [u64; 2],
     assignments: i32,
     experts: i32,
     local_experts: i32,
@@ -74,6 +78,8 @@ struct SpreadParams {
     topk: i32,
     eights: i32,
     planes_count: i32,
+    tokens: i32,
+    unused: i32,
 }
 
 /// As `CombineParams` in kernels/permute.cu.
@@ -93,8 +99,8 @@ struct CombineParams {
 
 // The kernels assert the same.
 const _: () = assert!(
-    size_of::<SpreadParams>() == 40
-        && size_of::<PlanParams>() == 96
+    size_of::<SpreadParams>() == 48
+        && size_of::<PlanParams>() == 120
         && size_of::<CombineParams>() == 56
         && size_of::<LayOutParams>() == 56
 );
@@ -116,8 +122,9 @@ pub(super) fn max_rows(assignments: usize, experts: usize, align: usize) -> usiz
 pub(super) enum Source {
     /// `[assignments]` global ids; the map or 0; where the sorted assignments go, as many as [`max_rows`] says.
     Ids { ids: u64, map: u64, rows: u64, assignments: usize },
-    /// `[local experts]` token counts of at most `max`.
-    Counts { counts: u64, max: usize },
+    /// `[local experts]` token counts of at most `max` slots each; where the slots with tokens go together, as for ids, or 0
+    /// where they stay as they lie.
+    Counts { counts: u64, max: usize, rows: u64 },
 }
 
 /// What is planned.
@@ -131,8 +138,11 @@ pub(super) struct Plan {
     pub max_tiles: usize,
     /// An expert's rows begin at a multiple of this.
     pub align: usize,
-    /// `[assignments]`, written where there are ids: the row of each, or -1; or 0
+    /// `[assignments]`, or slots, written with the sorted ones: the row of each, or -1; or 0
     pub places: u64,
+    /// Stored scales by expert: `[2][local experts]` f32, and where those of each row go, for both projections; or 0.
+    pub stored: u64,
+    pub scales: [u64; 2],
     /// [`scratch_bytes`] of the assignments, that nothing else uses before the plan is made.
     pub scratch: u64,
 }
@@ -171,6 +181,7 @@ pub(super) struct Permute {
     plan: Kernel,
     lay_out: Kernel,
     spread: Kernel,
+    spread_slots: Kernel,
     combine: Kernel,
     config: MoeConfig,
 }
@@ -202,6 +213,7 @@ impl Permute {
             plan: kernel("moe_plan")?,
             lay_out: kernel("moe_lay_out")?,
             spread: kernel("moe_spread")?,
+            spread_slots: kernel("moe_spread_slots")?,
             combine: kernel(combine)?,
             config: *config,
         })
@@ -217,6 +229,8 @@ impl Permute {
         let common = PlanParams {
             tiles: plan.tiles,
             places: plan.places,
+            stored: plan.stored,
+            scales: plan.scales,
             experts: c.experts as i32,
             local_experts: c.local_experts as i32,
             tile: plan.tile as i32,
@@ -232,13 +246,18 @@ impl Permute {
                 let rows_count = max_rows(assignments, c.local_experts, plan.align) as i32;
                 PlanParams { ids, map, rows, parts: scratch, assignments: assignments as i32, rows_count, ..common }
             }
-            Source::Counts { counts, max } => PlanParams { counts, max_tokens: max as i32, ..common },
+            Source::Counts { counts, max, rows } => {
+                let slots = if rows == 0 { 0 } else { max * c.local_experts };
+                let rows_count = max_rows(slots, c.local_experts, plan.align) as i32;
+                let assignments = slots as i32;
+                PlanParams { counts, max_tokens: max as i32, rows, assignments, rows_count, ..common }
+            }
         };
         let blocks = parts(params.assignments as usize);
         let launch = Launch::new(blocks as u32, PLAN_THREADS).overlap(true);
         // SAFETY: the parameter of both kernels; the rest is the caller's promise.
         unsafe {
-            if blocks > 1 {
+            if params.parts != 0 {
                 launch.run(stream, &self.count, &mut [Arg::new(&params)])?;
             }
             launch.run(stream, &self.plan, &mut [Arg::new(&params)])
@@ -272,7 +291,7 @@ impl Permute {
         };
         let params = match source {
             Source::Ids { rows, .. } => LayOutParams { rows, ..common },
-            Source::Counts { counts, max } => LayOutParams { counts, max_tokens: max as i32, ..common },
+            Source::Counts { counts, max, .. } => LayOutParams { counts, max_tokens: max as i32, ..common },
         };
         let parts = (ROW_BYTES / 16 * planes.count).div_ceil(LAY_OUT_CHUNKS);
         let blocks = u32::try_from((rows * parts).div_ceil(LAY_OUT_WARPS)).ok().filter(|b| *b <= i32::MAX as u32);
@@ -283,7 +302,7 @@ impl Permute {
     }
 
     /// Copies 16-bit tokens `x` (`[tokens, hidden]`) to the rows of their experts in the planes at `planes`; the places are
-    /// the plan's.
+    /// the plan's. Where those present are named, the tokens are slots, and empty ones are not read.
     ///
     /// # Safety
     /// The addresses must be device memory of these sizes, aligned to 16 bytes, and as [`Launch::run`] wants them.
@@ -303,11 +322,17 @@ impl Permute {
             topk: to.copies as i32,
             eights: (self.config.hidden / 8) as i32,
             planes_count: to.count as i32,
+            tokens: tokens as i32,
+            unused: 0,
+        };
+        let (kernel, blocks) = match to.present {
+            0 => (&self.spread, tokens),
+            _ => (&self.spread_slots, tokens.div_ceil(SPREAD_SLOTS)),
         };
         let parts = (ROW_BYTES / 16 * to.count).div_ceil(SPREAD_THREADS);
-        let launch = Launch { grid: [tokens as u32, parts as u32, 1], ..Launch::new(1, SPREAD_THREADS as u32) };
-        // SAFETY: the kernel's only parameter; the rest is the caller's promise.
-        unsafe { launch.overlap(true).run(stream, &self.spread, &mut [Arg::new(&params)]) }
+        let launch = Launch { grid: [blocks as u32, parts as u32, 1], ..Launch::new(1, SPREAD_THREADS as u32) };
+        // SAFETY: the parameter of both kernels; the rest is the caller's promise.
+        unsafe { launch.overlap(true).run(stream, kernel, &mut [Arg::new(&params)]) }
     }
 
     /// Sums the slots' results of so many tokens.
@@ -349,6 +374,7 @@ mod tests {
             "kMaxExperts = kThreads;",
             "kCombineThreads = 256;",
             "kSpreadThreads = 256;",
+            "kSlots = 8;",
             "kMaxTopk = 32;",
             "kLayOutWarps = 8, kEach = 4;",
         ] {

@@ -4,20 +4,22 @@
 //! Tokens go to the rows of all their experts, as they are or quantised, in the order in which the products take columns
 //! (kernels/common/order.cuh), so that what the blocks of a cluster share can be copied to all of them at once.
 
+mod cost;
 mod plan;
 
 use super::activation::Activation;
-use super::call::{Pass, Tensors};
+use super::call::{BatchedTensors, Pass, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
 use super::operands::{Operands, OrderedPlanes};
-use super::pack::PackedExperts;
+use super::pack::{BLOCK, PackedExperts};
 use super::permute::{Permute, Plan, ROW_BYTES, Source, Sum, TILE_BYTES, max_rows, max_tiles, scratch_bytes};
 use super::projection::Matrix;
 use super::{CudaError, FATBINS, Stream, quantize};
 use crate::config::{ActivationFormat, MoeConfig};
 use crate::scheme::QuantKey;
+use cost::{Layer, Load, Projection};
 pub(super) use plan::TILES;
 use plan::{CLUSTER, Kind, Ring, SLABS, THREADS};
 
@@ -66,7 +68,7 @@ const SECOND: i32 = 1;
 struct Input {
     /// Where they are quantised.
     quantizer: Option<Operands>,
-    /// A stored scale of all rows, and where it is on the device (or 0).
+    /// A stored scale that all rows share, and where it is on the device (or 0).
     stored: (f32, u64),
     /// Planes that a row's columns fill.
     planes: usize,
@@ -95,21 +97,62 @@ impl Input {
     }
 }
 
+/// The stored scales of both projections' inputs.
+enum StoredScales {
+    /// Of all experts: `[2]`, and where they are.
+    Shared([f32; 2], DeviceBuffer),
+    /// `[2][local experts]`
+    ByExpert(DeviceBuffer),
+}
+
+impl StoredScales {
+    /// `None` where one is missing or can't be divided by.
+    fn of(stream: &Stream, packed: &PackedExperts) -> Result<Option<Self>, CudaError> {
+        let usable = |s: &f32| s.is_normal() && *s > 0.0;
+        let [Some(first), Some(second)] = &packed.expert_input_scales else { return Ok(None) };
+        if !first.iter().chain(second).all(usable) {
+            return Ok(None);
+        }
+        Ok(Some(match packed.input_scales {
+            [Some(first), Some(second)] => Self::Shared([first, second], DeviceBuffer::of(stream, &[first, second])?),
+            _ => Self::ByExpert(DeviceBuffer::of(stream, &[&first[..], &second[..]].concat())?),
+        }))
+    }
+}
+
+/// What a call works on: device addresses.
+#[derive(Clone, Copy)]
+struct Call {
+    source: Source,
+    hidden: u64,
+    /// Routing weights that multiply the input, or 0.
+    routing: u64,
+    workspace: u64,
+    /// `[assignments, hidden]`
+    out: u64,
+    /// Tokens, or slots of all experts, and how many assignments each is.
+    sources: usize,
+    copies: usize,
+    /// Tokens, or slots of an expert.
+    size: usize,
+}
+
 /// A layer's kernels. The packed projections belong to another: see [`new`](Wgmma::new).
 pub(super) struct Wgmma {
-    fp8: bool,
+    kind: Kind,
     /// By the place in `TILES`.
     kernels: [Option<(Kernel, Ring)>; TILES.len()],
     permute: Permute,
     matrices: [Matrix; 2],
     inputs: [Input; 2],
-    /// What the inputs' addresses point into.
-    _stored_scales: Option<DeviceBuffer>,
+    stored: Option<StoredScales>,
     /// What undoes the packed factors' power of two.
     unlift: f32,
     /// Columns of the activation's result.
     middle: usize,
     blocks: u32,
+    /// From how many tokens (or slots of an expert) on each of `TILES` is taken.
+    tiles_from: [usize; TILES.len()],
     config: MoeConfig,
     /// Tokens of a tile, instead of what suits a call's size.
     pub tile: Option<usize>,
@@ -128,19 +171,24 @@ impl Wgmma {
         let gpu = stream.gpu();
         let (format, info) = (packed.format, gpu.info());
         let Some(kind) = Kind::of(format, activation) else { return Ok(None) };
-        let stored = activation.is_some_and(quantize::stored);
         // A stored scale is the input's after the routing weight, which here multiplies sums.
-        let usable = |s: &Option<f32>| s.is_some_and(|s| s.is_normal() && s > 0.0);
-        let scales = !stored || (packed.input_scales.iter().all(usable) && !config.weight_on_input);
+        let stored = activation.is_some_and(quantize::stored);
+        let scales = !(stored && config.weight_on_input);
         let planes = |columns: usize| (columns * kind.bytes()).div_ceil(ROW_BYTES);
         let short = planes(packed.hidden.max(packed.middle)) <= MAX_PLANES;
         let fatbin = kind.fatbins()[format.compute as usize];
         let built = FATBINS.iter().any(|f| f.name == fatbin && f.runs_on(info.capability));
-        let clusters = info.sms as usize >= CLUSTER;
-        let standard = config.format == ActivationFormat::Standard;
-        if info.capability != 90 || !clusters || !standard || !scales || !short || !built {
+        let clusters = info.sms as usize / CLUSTER;
+        if info.capability != 90 || clusters == 0 || !scales || !short || !built {
             return Ok(None);
         }
+        let stored = match stored {
+            true => match StoredScales::of(stream, packed)? {
+                None => return Ok(None),
+                some => some,
+            },
+            false => None,
+        };
         let mut kernels = [const { None }; TILES.len()];
         for ((place, tile), entry) in kernels.iter_mut().zip(TILES).zip(ENTRIES) {
             if let Some(ring) = Ring::new(kind, tile, info.shared_per_block) {
@@ -152,42 +200,53 @@ impl Wgmma {
         if kernels.iter().all(Option::is_none) {
             return Ok(None);
         }
-        let stored_scales = match packed.input_scales {
-            [Some(first), Some(second)] if stored => Some(DeviceBuffer::of(stream, &[first, second])?),
-            _ => None,
-        };
+        let by_expert = matches!(stored, Some(StoredScales::ByExpert(_)));
         let input = |columns: usize, n: usize| -> Result<Input, CudaError> {
-            let quantizer = activation.map(|key| Operands::new(gpu, key, config.input, columns)).transpose()?;
+            let quantizer =
+                activation.map(|key| Operands::new(gpu, key, config.input, columns, by_expert)).transpose()?;
             Ok(Input {
                 scales: quantizer.as_ref().map_or(0, |q| q.scales),
-                stored: match (&stored_scales, packed.input_scales[n]) {
-                    (Some(buffer), Some(scale)) => (scale, buffer.address() + 4 * n as u64),
+                stored: match &stored {
+                    Some(StoredScales::Shared(scales, buffer)) => (scales[n], buffer.address() + 4 * n as u64),
                     _ => (1.0, 0),
                 },
                 planes: planes(columns),
                 quantizer,
             })
         };
+        let layer = Layer {
+            kind,
+            projections: matrices.map(|m| Projection {
+                row_tiles: row_tiles(&m),
+                stages: (m.blocks as usize * BLOCK * kind.bytes()).div_ceil(ROW_BYTES),
+            }),
+            local_experts: config.local_experts,
+            clusters,
+            row: 2 * (packed.hidden + packed.middle),
+        };
+        let (chance, batched) =
+            (config.topk as f64 / config.experts as f64, config.format == ActivationFormat::Batched);
+        // Slots may be full, and too small a tile costs more than one too large.
+        let load = |tokens: usize| Load { tokens, chance: if batched { 1.0 } else { chance } };
         Ok(Some(Self {
-            fp8: matches!(kind, Kind::Fp8 | Kind::Fp8Block),
+            kind,
+            tiles_from: layer.tiles_from(load),
             kernels,
             permute: Permute::new(gpu, config)?,
             matrices,
             inputs: [input(packed.hidden, 0)?, input(packed.middle, 1)?],
-            _stored_scales: stored_scales,
+            stored,
             unlift: 1.0 / format.lift(),
             middle: packed.middle,
-            blocks: info.sms / CLUSTER as u32 * CLUSTER as u32,
+            blocks: (clusters * CLUSTER) as u32,
             config: *config,
             tile: None,
         }))
     }
 
-    /// From how many tokens on these kernels are faster than `cuda_mma`'s (benches/RESULTS.md).
+    /// From how many tokens on, or slots of an expert, these kernels are faster than `cuda_mma`'s.
     pub fn pays_from(&self) -> usize {
-        // Twice the tokens of an expert; the others unpack fp8.
-        let twice = if self.fp8 { 1 } else { 8 };
-        (twice * self.config.experts).div_ceil(2 * self.config.topk)
+        self.kind.pays_from(&self.config)
     }
 
     /// Tokens that go through one pass.
@@ -195,15 +254,19 @@ impl Wgmma {
         MAX_ASSIGNMENTS / self.config.topk
     }
 
-    /// Bytes of workspace for up to `tokens` tokens.
+    /// Bytes of workspace for up to `tokens` tokens, or slots of an expert in the batched format.
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         Parts::new(self, tokens).map_or(usize::MAX, |p| p.all)
     }
 
-    fn kernel(&self, assignments: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
-        let wanted = self.tile.unwrap_or_else(|| plan::tile(assignments, self.config.experts));
-        let fitting = TILES.into_iter().zip(&self.kernels).rev().filter(|(t, _)| *t <= wanted.max(TILES[0]));
-        let found = fitting.into_iter().find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
+    /// The kernel for so many tokens, or slots of an expert: of the wanted tile, or the largest below it that this GPU runs.
+    fn kernel(&self, size: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
+        let wanted = match self.tile {
+            Some(wanted) => TILES.iter().rposition(|t| *t <= wanted),
+            None => self.tiles_from.iter().rposition(|from| *from <= size),
+        };
+        let fitting = TILES.into_iter().zip(&self.kernels).take(wanted.unwrap_or(0) + 1).rev();
+        let found = { fitting }.find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
         found.ok_or(CudaError::NoKernel("wgmma"))
     }
 
@@ -222,32 +285,68 @@ impl Wgmma {
         let parts = Parts::new(self, tokens).ok_or(TOO_LARGE)?;
         t.check(c, tokens, parts.all)?;
         for pass in t.passes(c, tokens, self.group(), map) {
+            let Pass { tokens, ids, weights, map, workspace, .. } = pass;
+            let rows = workspace + parts.rows as u64;
+            let call = Call {
+                source: Source::Ids { ids, map, rows, assignments: tokens * c.topk },
+                hidden: pass.hidden,
+                routing: if c.weight_on_input { weights } else { 0 },
+                workspace,
+                out: workspace + parts.results as u64,
+                sources: tokens,
+                copies: c.topk,
+                size: tokens,
+            };
+            let sum = Sum { results: call.out, ids, weights, map, output: pass.output };
             // SAFETY: lengths were checked, the parts of the workspace hold what a pass of `group` tokens makes, the
             // packed experts stay (`new`); the rest is the caller's promise.
-            unsafe { self.pass(stream, &pass, &parts)? };
+            unsafe {
+                self.gemms(stream, call, &parts)?;
+                self.permute.combine(stream, sum, tokens)?;
+            }
         }
         Ok(())
     }
 
+    /// Runs the layer in the batched format, `max` slots to an expert; does not wait.
+    ///
     /// # Safety
-    /// The pass's addresses must be device memory as the kernels want them for so many tokens.
-    unsafe fn pass(&self, stream: &Stream, pass: &Pass, parts: &Parts) -> Result<(), CudaError> {
+    /// As for [`forward`](Self::forward).
+    pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
         let c = &self.config;
-        let assignments = pass.tokens * c.topk;
-        let (tile, kernel, ring) = self.kernel(assignments)?;
+        let parts = Parts::new(self, max).ok_or(TOO_LARGE)?;
+        t.check(c, max, parts.all)?;
+        let workspace = t.workspace.address();
+        let call = Call {
+            source: Source::Counts { counts: t.counts.address(), max, rows: workspace + parts.rows as u64 },
+            hidden: t.hidden.address(),
+            routing: 0,
+            workspace,
+            // Each result goes to the slot that its token came from.
+            out: t.output.address(),
+            sources: max * c.local_experts,
+            copies: 1,
+            size: max,
+        };
+        // SAFETY: as above.
+        unsafe { self.gemms(stream, call, &parts) }
+    }
+
+    /// The plan, the tokens as operands in its order, and both projections.
+    ///
+    /// # Safety
+    /// The call's addresses must be device memory as the kernels want them for so many sources, the workspace of these parts.
+    unsafe fn gemms(&self, stream: &Stream, call: Call, parts: &Parts) -> Result<(), CudaError> {
+        let c = &self.config;
+        let assignments = call.sources * call.copies;
+        let (tile, kernel, ring) = self.kernel(call.size)?;
         let tiles = max_tiles(assignments, c.local_experts, tile);
         let count = max_rows(assignments, c.local_experts, ALIGN);
-        let at = |part: usize| pass.workspace + part as u64;
-        let (list, rows, places, x, middle, second, results) = (
-            at(0),
-            at(parts.rows),
-            at(parts.places),
-            at(parts.x),
-            at(parts.middle),
-            at(parts.second),
-            at(parts.results),
-        );
-        let source = Source::Ids { ids: pass.ids, map: pass.map, rows, assignments };
+        let at = |part: usize| call.workspace + part as u64;
+        let (list, rows, places, x, middle, second) =
+            (at(0), at(parts.rows), at(parts.places), at(parts.x), at(parts.middle), at(parts.second));
+        // Empty slots are left out.
+        let present = if matches!(call.source, Source::Counts { .. }) { places } else { 0 };
         let [first, down] = &self.inputs;
         let quantised = first.quantizer.is_some();
         let common = GemmParams {
@@ -261,7 +360,7 @@ impl Wgmma {
         };
         let gate_up = GemmParams {
             weights: self.matrices[0],
-            routing: if c.weight_on_input { pass.weights } else { 0 },
+            routing: call.routing,
             out: middle,
             out_columns: if quantised { self.middle } else { down.planes * ROW_BYTES / 2 } as i32,
             kind: FIRST,
@@ -271,28 +370,31 @@ impl Wgmma {
         let of_second = if quantised { second } else { middle };
         let down_params = GemmParams {
             weights: self.matrices[1],
-            out: results,
+            out: call.out,
             out_columns: c.hidden as i32,
             kind: SECOND,
             ..self.with_input(common, down, of_second)
         };
-        // SAFETY: the caller's promise; the parts have room for all rows.
+        let (stored, scales) = match &self.stored {
+            Some(StoredScales::ByExpert(stored)) => (stored.address(), [gate_up.scales, down_params.scales]),
+            _ => (0, [0; 2]),
+        };
+        // SAFETY: the caller's promise; the parts have room for all rows. The first projection's scales, which the plan writes,
+        // lie behind its scratch: that is 4 KiB for 2048 rows, whose codes are 256 KiB at least.
         unsafe {
-            let plan = Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, scratch: x };
-            self.permute.plan(stream, source, plan)?;
-            let to = OrderedPlanes { places, copies: c.topk, ..first.to(count) };
+            let plan = Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, stored, scales, scratch: x };
+            self.permute.plan(stream, call.source, plan)?;
+            let to = OrderedPlanes { places, copies: call.copies, present, ..first.to(count) };
             match &first.quantizer {
-                None => self.permute.spread(stream, pass.hidden, x, to, pass.tokens)?,
-                Some(q) => q.run(stream, pass.hidden, x, gate_up.scales, to, pass.tokens)?,
+                None => self.permute.spread(stream, call.hidden, x, to, call.sources)?,
+                Some(q) => q.run(stream, call.hidden, x, gate_up.scales, to, call.sources)?,
             }
             self.gemm(stream, kernel, ring, gate_up)?;
             if let Some(q) = &down.quantizer {
                 let to = OrderedPlanes { present: rows, ..down.to(count) };
                 q.run(stream, middle, second, down_params.scales, to, count)?;
             }
-            self.gemm(stream, kernel, ring, down_params)?;
-            let sum = Sum { results, ids: pass.ids, weights: pass.weights, map: pass.map, output: pass.output };
-            self.permute.combine(stream, sum, pass.tokens)
+            self.gemm(stream, kernel, ring, down_params)
         }
     }
 
@@ -307,9 +409,9 @@ impl Wgmma {
     }
 
     /// # Safety
-    /// As for [`pass`](Self::pass).
+    /// As for [`gemms`](Self::gemms).
     unsafe fn gemm(&self, stream: &Stream, kernel: &Kernel, ring: Ring, params: GemmParams) -> Result<(), CudaError> {
-        let row_tiles = (params.weights.slabs as usize).div_ceil(SLABS * CLUSTER);
+        let row_tiles = row_tiles(&params.weights);
         let tasks = row_tiles.checked_mul(params.max_tiles as usize).filter(|n| *n <= i32::MAX as usize / 4);
         let blocks = self.blocks.min((tasks.ok_or(TOO_LARGE)? * CLUSTER) as u32);
         let params = GemmParams { row_tiles: row_tiles as i32, ..params };
@@ -317,6 +419,11 @@ impl Wgmma {
         // SAFETY: the kernel's only parameter; the rest is the caller's promise.
         unsafe { launch.run(stream, kernel, &mut [Arg::new(&params)]) }
     }
+}
+
+/// Tasks of a cluster for a tile of tokens.
+fn row_tiles(matrix: &Matrix) -> usize {
+    (matrix.slabs as usize).div_ceil(SLABS * CLUSTER)
 }
 
 const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the GPU's 32-bit counts: split the batch");
@@ -340,17 +447,24 @@ struct Parts {
 impl Parts {
     fn new(wgmma: &Wgmma, tokens: usize) -> Option<Self> {
         let c = &wgmma.config;
-        let tokens = tokens.min(wgmma.group());
-        let assignments = tokens * c.topk;
+        let batched = c.format == ActivationFormat::Batched;
+        let assignments = match batched {
+            // An expert's tiles are counted in 15 bits.
+            true if tokens > TILES[0] << 15 => return None,
+            true => tokens.checked_mul(c.local_experts)?,
+            false => tokens.min(wgmma.group()) * c.topk,
+        };
+        i32::try_from(max_rows(assignments, c.local_experts, ALIGN)).ok()?;
         let count = max_rows(assignments, c.local_experts, ALIGN);
         let [first, down] = &wgmma.inputs;
         let quantised = first.quantizer.is_some();
         let aligned = |n: usize| n.next_multiple_of(128);
-        let results = assignments.checked_mul(c.hidden * 2)?;
+        let results = if batched { 0 } else { assignments.checked_mul(c.hidden * 2)? };
         let rows = aligned(max_tiles(assignments, c.local_experts, TILES[0]) * TILE_BYTES);
         let places = aligned(rows + count * 4);
         let x = aligned(places + assignments * 4);
-        let after_x = aligned(x + first.bytes(count)?.max(scratch_bytes(assignments, c.local_experts)));
+        let scratch = if batched { 0 } else { scratch_bytes(assignments, c.local_experts) };
+        let after_x = aligned(x + first.bytes(count)?.max(scratch));
         Some(if quantised {
             let after_middle = aligned(after_x + count.checked_mul(wgmma.middle * 2)?);
             let second = after_middle.max(aligned(x + results));

@@ -114,18 +114,66 @@ pub fn forward(stream: &Stream, kernel: &CudaKernel, x: &[f32], ids: &[i32], wei
     out
 }
 
-/// A call in the batched format over poisoned memory.
+/// A call in the batched format: output and workspace hold NaNs until they are written.
+pub struct BatchedCall {
+    hidden: DeviceBuffer,
+    counts: DeviceBuffer,
+    output: DeviceBuffer,
+    workspace: DeviceBuffer,
+    max: usize,
+}
+
+impl BatchedCall {
+    pub fn new(stream: &Stream, kernel: &CudaKernel, x: &[f32], counts: &[i32], max: usize) -> Self {
+        Self {
+            hidden: DeviceBuffer::of(stream, &bits(kernel.config().input, x)).unwrap(),
+            counts: DeviceBuffer::of(stream, counts).unwrap(),
+            output: DeviceBuffer::of(stream, &vec![0xffffu16; x.len()]).unwrap(),
+            workspace: DeviceBuffer::of(stream, &vec![0xffu8; kernel.workspace_bytes(max)]).unwrap(),
+            max,
+        }
+    }
+
+    pub fn launch(&self, stream: &Stream, kernel: &CudaKernel) {
+        let t = BatchedTensors {
+            hidden: self.hidden.ptr(),
+            counts: self.counts.ptr(),
+            output: self.output.ptr(),
+            workspace: self.workspace.ptr(),
+        };
+        // SAFETY: all buffers are this call's own and live on; the stream orders everything.
+        unsafe { kernel.forward_batched(stream, &t, self.max) }.unwrap();
+    }
+
+    pub fn output_bits(&self, stream: &Stream) -> Vec<u16> {
+        stream.synchronize().unwrap();
+        let mut out = vec![0u16; self.output.len() / 2];
+        self.output.download(stream, 0, &mut out).unwrap();
+        out
+    }
+
+    /// Other tokens and counts for the same launches as a graph, over poisoned memory.
+    pub fn replay(&self, stream: &Stream, kernel: &CudaKernel, x: &[f32], counts: &[i32]) -> Vec<u16> {
+        let graph = Graph::capture(stream, || {
+            self.launch(stream, kernel);
+            Ok::<(), moe_oracle::cuda::CudaError>(())
+        })
+        .unwrap();
+        self.hidden.upload(stream, 0, &bits(kernel.config().input, x)).unwrap();
+        self.counts.upload(stream, 0, counts).unwrap();
+        self.output.upload(stream, 0, &vec![0xffffu16; self.output.len() / 2]).unwrap();
+        self.workspace.upload(stream, 0, &vec![0xffu8; self.workspace.len()]).unwrap();
+        // SAFETY: as for the launches themselves.
+        unsafe { graph.launch(stream) }.unwrap();
+        self.output_bits(stream)
+    }
+}
+
+/// A call in the batched format, eager, and the same bits again from a graph.
 pub fn forward_batched(stream: &Stream, kernel: &CudaKernel, x: &[f32], counts: &[i32], max: usize) -> Vec<f32> {
-    let ty = kernel.config().input;
-    let hidden = DeviceBuffer::of(stream, &bits(ty, x)).unwrap();
-    let counts = DeviceBuffer::of(stream, counts).unwrap();
-    let output = DeviceBuffer::of(stream, &vec![0xffffu16; x.len()]).unwrap();
-    let workspace = DeviceBuffer::of(stream, &vec![0xffu8; kernel.workspace_bytes(max)]).unwrap();
-    let t =
-        BatchedTensors { hidden: hidden.ptr(), counts: counts.ptr(), output: output.ptr(), workspace: workspace.ptr() };
-    // SAFETY: all buffers are of this stream's GPU and live until the download has waited for the work.
-    unsafe { kernel.forward_batched(stream, &t, max) }.unwrap();
-    let mut out = vec![0u16; x.len()];
-    output.download(stream, 0, &mut out).unwrap();
-    values(ty, &out)
+    let call = BatchedCall::new(stream, kernel, x, counts, max);
+    call.launch(stream, kernel);
+    let bits = call.output_bits(stream);
+    assert_eq!(call.replay(stream, kernel, x, counts), bits, "a graph's replay differs");
+    values(kernel.config().input, &bits)
 }

@@ -40,6 +40,10 @@ pub struct Args {
     /// This backend instead of the best one
     #[arg(long, default_value = "auto", value_name = "NAME", value_parser = crate::select::backend)]
     backend: MoeBackend,
+    /// How unevenly tokens choose experts: the nth most wanted one has a weight of n to the power of -SKEW (Zipf's law), 0 for
+    /// all alike
+    #[arg(long, default_value_t = 0.0, value_parser = skew)]
+    skew: f64,
     /// Threads of the CPU (default: one per core)
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4096))]
     threads: Option<u16>,
@@ -67,6 +71,11 @@ pub struct Args {
     /// Draw the ratio to the floor over the tokens as SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
+}
+
+fn skew(text: &str) -> Result<f64, String> {
+    let skew = text.parse().ok().filter(|s| (0.0..=8.0).contains(s));
+    skew.ok_or_else(|| "a number from 0 to 8 is wanted".into())
 }
 
 fn format_names() -> PossibleValuesParser {
@@ -108,6 +117,9 @@ impl Session {
 /// Runs the command.
 pub fn run(args: Args) -> Outcome {
     let mut session = Session::new(&args)?;
+    if args.skew > 0.0 {
+        session.notes.push(format!("tokens choose experts by Zipf's law with exponent {}", args.skew));
+    }
     let report = match args.device.open()? {
         Opened::Cpu => cpu::run(&args, &mut session)?,
         #[cfg(feature = "cuda")]

@@ -133,7 +133,7 @@ impl Tokens8 {
                 let places = call.workspace + parts.places as u64;
                 TokensParams { ids, map, places, topk: c.topk as i32, ..common }
             }
-            Source::Counts { counts, max } => TokensParams { counts, max_tokens: max as i32, topk: 1, ..common },
+            Source::Counts { counts, max, .. } => TokensParams { counts, max_tokens: max as i32, topk: 1, ..common },
         };
         let launch = Launch::new(grid(call.tokens)?, TOKEN_THREADS).overlap(true);
         // SAFETY: the only parameter of every `tokens8_` entry; the rest is the caller's promise.
@@ -164,7 +164,7 @@ impl Tokens8 {
         };
         let params = match call.source {
             Source::Ids { rows, .. } => MiddleParams { sorted: rows, ..common },
-            Source::Counts { counts, max } => MiddleParams { counts, max_tokens: max as i32, ..common },
+            Source::Counts { counts, max, .. } => MiddleParams { counts, max_tokens: max as i32, ..common },
         };
         let parts_of_row = (ROW_BYTES / 16 * planes.count).div_ceil(MIDDLE_CHUNKS);
         let blocks = grid((call.assignments * parts_of_row).div_ceil(MIDDLE_WARPS))?;

@@ -1,4 +1,4 @@
-//! What a call's size and the GPU make of the kernels: a tile and a ring. Pure functions.
+//! Which kernels serve a layer, and the ring that the GPU has room for. Pure functions.
 
 use crate::cuda::pack::{Codes, Format, StageScales};
 use crate::cuda::permute::ROW_BYTES;
@@ -95,12 +95,6 @@ impl Ring {
     }
 }
 
-/// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit.
-pub fn tile(assignments: usize, experts: usize) -> usize {
-    let mean = assignments as f64 / experts as f64;
-    TILES.into_iter().find(|tile| mean + mean.sqrt() <= *tile as f64).unwrap_or(TILES[TILES.len() - 1])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,16 +153,6 @@ mod tests {
             }
         }
         assert_eq!(Ring::new(Kind::Half, 128, 99 << 10), None);
-    }
-
-    #[test]
-    fn tiles_grow_with_the_tokens_of_an_expert() {
-        for (tokens, experts, topk, want) in
-            [(1, 1, 1, 64), (256, 128, 8, 64), (1024, 128, 8, 128), (4096, 128, 8, 256), (256, 8, 2, 128)]
-        {
-            assert_eq!(tile(tokens * topk, experts), want, "{tokens} {experts}");
-        }
-        assert!((0..20_000).map(|t| tile(t, 64)).is_sorted());
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn run(args: &Args, session: &mut Session) -> Outcome<Report> {
     session.step(1);
     let machine =
         Machine { cpu: machine::cpu_model(), cores: machine::cores(), isa: CpuIsa::detect().name().into(), gpu: None };
-    let mut report = Report { machine, limits: bounds, rows: Vec::new() };
+    let mut report = Report { machine, limits: bounds, skew: args.skew, rows: Vec::new() };
     for preset in session.presets.clone() {
         for format in session.formats.clone() {
             format_rows(args, session, preset, format, &pool, &mut report)?;
@@ -58,7 +58,7 @@ fn format_rows(
     for tokens in &args.tokens {
         let tokens = *tokens as usize;
         session.say(format!("{}: {} with {tokens} tokens", preset.name, format.name));
-        report.rows.push(Row::new(&served, &report.limits, layer.time(tokens, pool)?, None));
+        report.rows.push(Row::new(&served, &report.limits, layer.time(tokens, args.skew, pool)?, None));
         session.step(1);
     }
     Ok(())

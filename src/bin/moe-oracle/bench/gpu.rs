@@ -86,7 +86,7 @@ pub fn run(args: &Args, session: &mut Session, stream: &Stream) -> Outcome<Repor
     let limits = limits(bandwidth::read_gbps(stream)?, anchors.as_ref());
     session.step(1);
     let mut bench = Bench { args, stream, anchors, refusals: Vec::new() };
-    let mut report = Report { machine: machine(info), limits: Bounds::Gpu(limits), rows: Vec::new() };
+    let mut report = Report { machine: machine(info), limits: Bounds::Gpu(limits), skew: args.skew, rows: Vec::new() };
     for preset in session.presets.clone() {
         for format in session.formats.clone() {
             match bench.format_rows(session, preset, format, &mut report) {
@@ -169,7 +169,7 @@ impl Bench<'_> {
         for tokens in &self.args.tokens {
             let tokens = *tokens as usize;
             session.say(format!("{}: {} with {tokens} tokens", preset.name, format.name));
-            match layer.time(self.stream, tokens, usize::from(self.args.calls)) {
+            match layer.time(self.stream, tokens, usize::from(self.args.calls), self.args.skew) {
                 Ok(timed) => report.rows.push(self.row(&served, &report.limits, timed, layer.copies())),
                 Err(Stop::Cell(why)) => {
                     self.refusals.push(format!("{} on {} with {tokens} tokens: {why}", format.name, preset.name));

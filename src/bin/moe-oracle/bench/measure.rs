@@ -44,13 +44,13 @@ impl Layer {
     }
 
     /// The median time of a call with this many tokens.
-    pub fn time(&self, tokens: usize, pool: &ThreadPool) -> Outcome<Timed> {
+    pub fn time(&self, tokens: usize, skew: f64, pool: &ThreadPool) -> Outcome<Timed> {
         let c = self.kernel.config();
         let mut rng = Rng::new(tokens as u64);
         let hidden: Vec<bf16> = (0..tokens * c.hidden).map(|_| bf16::from_f32(rng.signed())).collect();
         let mut output = vec![bf16::ZERO; tokens * c.hidden];
         let mut workspace = vec![0u8; self.kernel.workspace_bytes(tokens)];
-        let mut routing = Routing::new(c.experts, c.topk, tokens);
+        let mut routing = Routing::new(c.experts, c.topk, tokens, skew);
         let weights = vec![1.0 / c.topk as f32; tokens * c.topk];
 
         let (mut times, mut distinct) = (Vec::new(), 0);

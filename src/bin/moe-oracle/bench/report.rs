@@ -16,6 +16,8 @@ pub struct Report {
     pub machine: Machine,
     /// What that machine can do at best.
     pub limits: Bounds,
+    /// The exponent of Zipf's law by which tokens chose experts, 0 for all alike.
+    pub skew: f64,
     /// One per format and number of tokens.
     pub rows: Vec<Row>,
 }

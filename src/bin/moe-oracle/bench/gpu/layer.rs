@@ -112,12 +112,12 @@ impl Layer {
         self.copies.len()
     }
 
-    /// The median time of a call with this many tokens, in graphs of at least `least` calls.
-    pub fn time(&self, stream: &Stream, tokens: usize, least: usize) -> Result<GpuTimed, Stop> {
+    /// The median time of a call with this many tokens, in graphs of at least `least` calls, with routing skewed as asked.
+    pub fn time(&self, stream: &Stream, tokens: usize, least: usize, skew: f64) -> Result<GpuTimed, Stop> {
         let kernel = &self.copies[0];
         let c = kernel.config();
         let mut rng = Rng::new(tokens as u64);
-        let mut routing = Routing::new(c.experts, c.topk, tokens);
+        let mut routing = Routing::new(c.experts, c.topk, tokens, skew);
         let (mut calls, mut hits) = (Vec::new(), 0);
         while !cold::enough(calls.len(), tokens, least, hits * self.expert_bytes, self.cache) {
             hits += routing.draw(&mut rng);

@@ -1,0 +1,309 @@
+//! What a call costs with each tile, to take the cheapest: a model whose constants were measured on an H200
+//! (benches/RESULTS.md). Pure functions.
+//!
+//! A cluster's task reads its rows of an expert's matrix stage by stage. A stage takes as long as its weights need from
+//! memory, or, where all tiles of the expert share that, as its products and what they read from L2. Tasks are dealt out in
+//! rounds of one to a cluster. Tokens choose experts uniformly: a skewed call has more tiles than this expects, which cost
+//! less than too large ones for all other experts would.
+
+use super::plan::{CLUSTER, Kind, SLABS, TILES};
+use crate::config::{ActivationFormat, MoeConfig};
+
+/// Bytes of a stage's weights, of a cluster's rows.
+const STAGE_BYTES: usize = CLUSTER * SLABS * 2048;
+/// What all clusters read from memory together, in bytes a microsecond, by the place in `TILES`: a larger tile leaves the
+/// ring fewer stages of weights that are under way.
+const READ: [f64; TILES.len()] = [4.46e6, 4.32e6, 4.01e6];
+/// A stage whose weights L2 has, in microseconds, and what a token's column adds to a task's results.
+const STAGE_US: f64 = 0.331;
+const RESULT_US: f64 = 0.0026;
+/// What an element of the assignments' rows costs outside the projections.
+const ELEMENT_US: f64 = 0.94e-6;
+/// As kGranularity in kernels/permute.cu: tokens that a tile's size is a multiple of.
+const GRANULARITY: usize = 16;
+/// Tokens of an expert from which on the largest tile is taken unasked.
+const MANY: f64 = 4.0 * TILES[TILES.len() - 1] as f64;
+
+impl Kind {
+    /// What a token's column adds to a stage: its products, and of fp8 sums that are added up outside the tensor cores.
+    const fn column_us(self) -> f64 {
+        match self {
+            Kind::Half => 0.00185,
+            Kind::Fp8 => 0.0027,
+            Kind::Fp8Block => 0.0037,
+            Kind::Int8 => 0.00195,
+        }
+    }
+
+    /// From how many tokens of a call (or slots of an expert) on these kernels are faster than `cuda_mma`'s.
+    pub fn pays_from(self, c: &MoeConfig) -> usize {
+        // Twice the tokens of an expert; the others unpack fp8.
+        let twice = if matches!(self, Kind::Fp8 | Kind::Fp8Block) { 1 } else { 8 };
+        let (experts, topk) = if c.format == ActivationFormat::Batched { (1, 1) } else { (c.experts, c.topk) };
+        usize::div_ceil(twice * experts, 2 * topk)
+    }
+
+    /// What a call of any size costs besides.
+    const fn call_us(self) -> f64 {
+        match self {
+            Kind::Half => 11.0,
+            Kind::Fp8 => 21.0,
+            Kind::Fp8Block => 36.0,
+            Kind::Int8 => 20.0,
+        }
+    }
+}
+
+/// A projection, as clusters share it.
+#[derive(Clone, Copy, Debug)]
+pub struct Projection {
+    /// Tasks for a tile of tokens.
+    pub row_tiles: usize,
+    pub stages: usize,
+}
+
+/// A layer's part of the model.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer {
+    pub kind: Kind,
+    pub projections: [Projection; 2],
+    pub local_experts: usize,
+    /// That run at a time.
+    pub clusters: usize,
+    /// Elements of an assignment's rows.
+    pub row: usize,
+}
+
+/// Which tokens an expert gets: each of so many with this chance.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    pub tokens: usize,
+    pub chance: f64,
+}
+
+impl Load {
+    /// Calls `f` with numbers of tokens and how likely each is, in parts of the likeliest one's chance; those of less than a
+    /// thousandth are left out.
+    fn for_each(self, mut f: impl FnMut(usize, f64)) {
+        let Self { tokens, chance } = self;
+        let likeliest = (((tokens + 1) as f64 * chance) as usize).min(tokens);
+        let odds = chance / (1.0 - chance);
+        f(likeliest, 1.0);
+        let (mut n, mut part) = (likeliest, 1.0);
+        while n < tokens && part > 1e-3 {
+            part *= (tokens - n) as f64 / (n + 1) as f64 * odds;
+            n += 1;
+            f(n, part);
+        }
+        (n, part) = (likeliest, 1.0);
+        while n > 0 && part > 1e-3 {
+            part *= n as f64 / (tokens - n + 1) as f64 / odds;
+            n -= 1;
+            f(n, part);
+        }
+    }
+}
+
+impl Layer {
+    /// Microseconds of a call with the tile of this place.
+    pub fn call_us(&self, tile: usize, load: Load) -> f64 {
+        let assignments = self.local_experts as f64 * load.tokens as f64 * load.chance;
+        let both = self.projections.iter().map(|p| self.projection_us(p, tile, load)).sum::<f64>();
+        self.kind.call_us() + assignments * self.row as f64 * ELEMENT_US + both
+    }
+
+    fn projection_us(&self, p: &Projection, tile: usize, load: Load) -> f64 {
+        let read = (STAGE_BYTES * self.clusters) as f64 / READ[tile];
+        let (mut all, mut tiles, mut us) = (0.0, 0.0, 0.0);
+        load.for_each(|tokens, part| {
+            all += part;
+            let of = tokens.div_ceil(TILES[tile]);
+            if of > 0 {
+                let columns = tokens.div_ceil(of).next_multiple_of(GRANULARITY).min(TILES[tile]) as f64;
+                let stage = (read / of as f64).max(STAGE_US + self.kind.column_us() * columns);
+                tiles += part * of as f64;
+                us += part * of as f64 * (p.stages as f64 * stage + RESULT_US * columns);
+            }
+        });
+        if tiles == 0.0 {
+            return 0.0;
+        }
+        let tasks = (self.local_experts * p.row_tiles) as f64 * tiles / all;
+        (tasks / self.clusters as f64).ceil() * us / tiles
+    }
+
+    /// The place of the cheapest tile.
+    fn cheapest(&self, load: Load) -> usize {
+        let us = |tile: &usize| self.call_us(*tile, load);
+        (0..TILES.len()).min_by(|a, b| us(a).total_cmp(&us(b))).unwrap_or(0)
+    }
+
+    /// From how many tokens of a call on each tile is taken, where an expert gets what `load` says of them.
+    pub fn tiles_from(&self, load: impl Fn(usize) -> Load) -> [usize; TILES.len()] {
+        let mut from = [usize::MAX; TILES.len()];
+        from[0] = 0;
+        let (mut taken, mut tokens) = (0, 1usize);
+        while taken + 1 < TILES.len() {
+            let load = load(tokens);
+            let many = load.tokens as f64 * load.chance >= MANY;
+            let tile = if many { TILES.len() - 1 } else { self.cheapest(load) };
+            // Never back to a smaller one.
+            if tile > taken {
+                from[taken + 1..=tile].fill(tokens);
+                taken = tile;
+            }
+            tokens = tokens.saturating_add((tokens / 16).max(1));
+        }
+        from
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Kind; 4] = [Kind::Half, Kind::Fp8Block, Kind::Fp8, Kind::Int8];
+
+    struct Model {
+        layer: fn(Kind) -> Layer,
+        experts: usize,
+        topk: usize,
+        /// By kind as in `KINDS`, then 256, 1024 and 4096 tokens, then tiles: measured, us.
+        us: [[[f64; 3]; 3]; 4],
+    }
+
+    fn layer(kind: Kind, experts: usize, hidden: usize, intermediate: usize) -> Layer {
+        let projection = |rows: usize, columns: usize| Projection {
+            row_tiles: rows.div_ceil(16 * SLABS * CLUSTER),
+            stages: (columns * kind.bytes()).div_ceil(128),
+        };
+        Layer {
+            kind,
+            projections: [projection(2 * intermediate, hidden), projection(hidden, intermediate)],
+            local_experts: experts,
+            clusters: 66,
+            row: 2 * (hidden + intermediate),
+        }
+    }
+
+    const MEASURED: [Model; 3] = [
+        Model {
+            layer: |kind| layer(kind, 128, 2048, 768),
+            experts: 128,
+            topk: 8,
+            us: [
+                [[301.0, 314.8, 329.9], [439.4, 361.6, 382.6], [1292.1, 907.1, 771.5]],
+                [[184.9, 190.0, 209.0], [294.1, 250.4, 269.1], [863.8, 691.4, 649.5]],
+                [[163.2, 178.6, 194.1], [261.1, 223.4, 246.9], [772.3, 595.2, 548.5]],
+                [[164.0, 178.0, 184.5], [256.5, 221.5, 232.0], [742.1, 550.5, 504.2]],
+            ],
+        },
+        Model {
+            layer: |kind| layer(kind, 256, 7168, 256),
+            experts: 256,
+            topk: 8,
+            us: [
+                [[722.2, 700.1, 733.6], [824.4, 801.3, 827.8], [1940.8, 1518.4, 1343.8]],
+                [[411.9, 414.3, 450.6], [504.1, 502.9, 543.7], [1381.6, 1217.5, 1089.9]],
+                [[390.7, 387.5, 413.2], [482.0, 477.1, 499.7], [1263.5, 1069.7, 991.6]],
+                [[391.5, 388.0, 407.7], [486.2, 477.5, 482.8], [1207.4, 1014.6, 911.3]],
+            ],
+        },
+        Model {
+            layer: |kind| layer(kind, 8, 4096, 14336),
+            experts: 8,
+            topk: 2,
+            us: [
+                [[936.5, 757.2, 838.8], [2739.8, 1814.0, 1491.5], [9923.9, 6128.1, 4703.2]],
+                [[572.1, 501.8, 513.4], [1773.2, 1339.1, 1249.5], [6186.0, 4430.1, 3904.9]],
+                [[543.1, 443.1, 439.0], [1615.0, 1118.3, 994.4], [5567.0, 3690.7, 3144.7]],
+                [[495.6, 402.7, 428.1], [1480.2, 1006.6, 848.7], [5136.0, 3185.2, 2584.0]],
+            ],
+        },
+    ];
+
+    /// Of a call's tokens, each chooses so many of the experts.
+    fn uniform(experts: usize, topk: usize) -> impl Fn(usize) -> Load {
+        move |tokens| Load { tokens, chance: topk as f64 / experts as f64 }
+    }
+
+    #[test]
+    fn the_model_is_near_what_was_measured_and_takes_the_best_tile() {
+        for m in &MEASURED {
+            for (kind, by_tokens) in KINDS.into_iter().zip(m.us) {
+                let layer = (m.layer)(kind);
+                let from = layer.tiles_from(uniform(m.experts, m.topk));
+                for (tokens, measured) in [256, 1024, 4096].into_iter().zip(by_tokens) {
+                    let load = uniform(m.experts, m.topk)(tokens);
+                    for (tile, us) in measured.into_iter().enumerate() {
+                        let off = layer.call_us(tile, load) / us;
+                        assert!((0.88..1.15).contains(&off), "{layer:?} {tokens} {}: {off} of {us}", TILES[tile]);
+                    }
+                    let taken = from.iter().rposition(|f| *f <= tokens).unwrap();
+                    let best = measured.into_iter().fold(f64::MAX, f64::min);
+                    assert!(measured[taken] < 1.035 * best, "{layer:?} {tokens}: {from:?} {measured:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn from_so_many_tokens_of_an_expert_these_kernels_pay() {
+        let c = MoeConfig::new(128, 8, 2048, 768);
+        let batched = MoeConfig { format: ActivationFormat::Batched, ..c };
+        let of = |c: &MoeConfig| KINDS.map(|kind| kind.pays_from(c));
+        assert_eq!((of(&c), of(&batched)), ([64, 8, 8, 64], [4, 1, 1, 4]));
+    }
+
+    #[test]
+    fn experts_tokens_are_distributed_binomially() {
+        for (tokens, chance) in [(1, 0.25), (7, 0.9), (300, 0.0625), (4096, 0.03125), (40, 1.0), (0, 0.5)] {
+            let (mut all, mut mean, mut square) = (0.0, 0.0, 0.0);
+            Load { tokens, chance }.for_each(|n, part| {
+                assert!(n <= tokens);
+                (all, mean, square) = (all + part, mean + part * n as f64, square + part * (n * n) as f64);
+            });
+            (mean, square) = (mean / all, square / all);
+            let (want, spread) = (tokens as f64 * chance, tokens as f64 * chance * (1.0 - chance));
+            assert!((mean - want).abs() < 0.02 * spread.sqrt() + 1e-9, "{tokens} {chance}: {mean} {want}");
+            assert!((square - mean * mean - spread).abs() < 0.03 * spread + 1e-9, "{tokens} {chance}");
+        }
+    }
+
+    #[test]
+    fn one_task_more_than_clusters_is_a_round_more() {
+        let one = layer(Kind::Half, 1, 4096, 64);
+        let of = |row_tiles: usize| Projection { row_tiles, stages: 64 };
+        let load = Load { tokens: 64, chance: 1.0 };
+        let us = |row_tiles| one.projection_us(&of(row_tiles), 0, load);
+        assert_eq!(us(1), us(66));
+        assert_eq!(us(67), 2.0 * us(66));
+    }
+
+    #[test]
+    fn tiles_grow_with_the_tokens_of_an_expert() {
+        for (experts, topk) in [(8, 2), (128, 8), (256, 8), (512, 10), (32, 32)] {
+            for kind in KINDS {
+                let layer = layer(kind, experts, 2880, 1024);
+                let from = layer.tiles_from(uniform(experts, topk));
+                assert!(from[0] == 0 && from.is_sorted(), "{from:?}");
+                let mean = |tokens: usize| (tokens * topk) as f64 / experts as f64;
+                assert!((30.0..=128.0).contains(&mean(from[1])), "{experts} {kind:?} {from:?}");
+                assert!((80.0..=300.0).contains(&mean(from[2])), "{experts} {kind:?} {from:?}");
+            }
+        }
+        // A lone expert's rows are too few for all clusters, unless its tokens are divided.
+        let from = layer(Kind::Half, 1, 2880, 1024).tiles_from(uniform(1, 1));
+        assert!(from[1] > 128 && from.is_sorted(), "{from:?}");
+        // A part of the experts is a part of the tasks, not of an expert's tokens.
+        let part = Layer { local_experts: 16, ..layer(Kind::Fp8, 128, 2048, 768) };
+        let from = part.tiles_from(uniform(128, 8));
+        assert!((600..1600).contains(&from[1]) && (1300..3000).contains(&from[2]), "{from:?}");
+    }
+
+    #[test]
+    fn the_kernel_has_the_same_number() {
+        let source = include_str!("../../../kernels/permute.cu");
+        assert!(source.contains(&format!("kGranularity = {GRANULARITY};")));
+    }
+}
