@@ -103,7 +103,8 @@ impl Decode {
             second_slabs: packed.second.slabs,
         };
         let info = gpu.info();
-        let clusters = info.capability >= 90;
+        // Not where the driver translated code for older GPUs, which has no clusters.
+        let clusters = gpu.kernel(fatbin, "moe_decode_first_one")?.compiled_for() >= 90;
         let limits = Limits { multiprocessors: info.sms as usize, shared: info.shared_per_block, clusters };
         let too_small = CudaError::Argument("this GPU's blocks have too little shared memory for cuda_decode");
         let most = TOKENS.min(MAX_ITEMS / config.topk.max(1));

@@ -39,8 +39,8 @@ pub struct Launch {
     /// Bytes of dynamic shared memory.
     pub shared: u32,
     /// Programmatic dependent launch: may start before the previous kernel of the stream has finished, because the
-    /// kernel itself waits (`griddepcontrol.wait`) before it reads or writes what the previous one touches. Ignored by
-    /// GPUs before Hopper.
+    /// kernel itself waits (`griddepcontrol.wait`) before it reads or writes what the previous one touches. Ignored for
+    /// kernels that were compiled for GPUs before Hopper, which cannot wait.
     pub overlap: bool,
 }
 
@@ -79,7 +79,7 @@ impl Launch {
         let none = CUlaunchAttribute { id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_IGNORE, pad, value: zero };
         let mut attributes = [none; 2];
         let mut count = 0;
-        if self.overlap && stream.gpu().info().capability >= 90 {
+        if self.overlap && kernel.compiled_for() >= 90 {
             attributes[count].id = CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             attributes[count].value.programmaticStreamSerializationAllowed = 1;
             count += 1;

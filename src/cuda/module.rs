@@ -41,6 +41,8 @@ pub struct Kernel {
     gpu: Gpu,
     function: CUfunction,
     entry: &'static str,
+    /// See [`Kernel::compiled_for`].
+    compiled_for: u16,
 }
 
 // SAFETY: a function handle may be used from any thread; it belongs to a module that lives as long as `gpu`.
@@ -66,9 +68,10 @@ impl Gpu {
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded, the name ends in a zero, the driver writes one handle.
         unsafe { driver!(cuModuleGetFunction(&mut function, module, name.as_ptr())) }?;
-        let kernel = Kernel { gpu: self.clone(), function, entry };
+        let mut kernel = Kernel { gpu: self.clone(), function, entry, compiled_for: 0 };
         // Asking makes the driver load the code now; left to the first launch, it could not be captured in a graph.
-        kernel.attribute(Attribute::CU_FUNC_ATTRIBUTE_NUM_REGS)?;
+        let compiled_for = kernel.attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
+        kernel.compiled_for = u16::try_from(compiled_for).unwrap_or(0);
         // All kernels want the same split of a multiprocessor's memory, the most for shared memory: another one could only
         // begin there once the kernel before has left, however much room there is.
         let split = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
@@ -82,6 +85,12 @@ impl Kernel {
     /// Its name.
     pub fn entry(&self) -> &'static str {
         self.entry
+    }
+
+    /// The compute capability (90 for 9.0) that nvcc compiled it for. Below the GPU's own where the driver translated older
+    /// PTX, which then has none of what later GPUs brought.
+    pub fn compiled_for(&self) -> u16 {
+        self.compiled_for
     }
 
     /// Whose it is.
