@@ -60,6 +60,19 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool shared = p.warps > 1;
     const int source = shared ? blockIdx.x : blockIdx.x * kWarps + warp;
+    const T* from = static_cast<const T*>(p.input) + static_cast<int64_t>(source) * p.columns;
+    const int times = (p.planes * 128 + kColumns - 1) / kColumns, begin = shared ? warp : 0;
+    const auto load_step = [&](int time, int step, Raw<T>& raw) {
+        load(from, (kSteps * time + step) * 32 * CHUNK + lane * CHUNK, p.columns, true, raw);
+    };
+    // Rows that go to places are the layer's own input: that was complete when the plan was begun, which is the grid ahead,
+    // so that their first columns are on their way before the places are known.
+    const bool early = p.places != nullptr && p.present == nullptr && source < p.sources && begin < times;
+    Raw<T> kept[kKept][kSteps];
+    if (early) {
+#pragma unroll
+        for (int s = 0; s < kSteps; s++) load_step(begin, s, kept[0][s]);
+    }
     wait_for_previous_grid();
     release_next_grid();
     // The whole block where it shares a row.
@@ -69,14 +82,8 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
         places.mine = lane < p.copies ? __ldcg(p.places + static_cast<int64_t>(source) * p.copies + lane) : -1;
         places.count = p.copies;
     }
-    const T* from = static_cast<const T*>(p.input) + static_cast<int64_t>(source) * p.columns;
-    const int times = (p.planes * 128 + kColumns - 1) / kColumns, begin = shared ? warp : 0;
-    const auto load_step = [&](int time, int step, Raw<T>& raw) {
-        load(from, (kSteps * time + step) * 32 * CHUNK + lane * CHUNK, p.columns, true, raw);
-    };
 
     Scale scale = {0.f, 0};
-    Raw<T> kept[kKept][kSteps];
     if constexpr (K::kStored && !kByRow) scale = stored_scale(__ldcg(p.stored));
     if constexpr (kOfRow) {
         uint32_t top = 0;
@@ -85,7 +92,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
             if (begin + i * p.warps >= times) break;
 #pragma unroll
             for (int s = 0; s < kSteps; s++) {
-                load_step(begin + i * p.warps, s, kept[i][s]);
+                if (i > 0 || !early) load_step(begin + i * p.warps, s, kept[i][s]);
                 top = largest(kept[i][s], top);
             }
         }
@@ -163,11 +170,21 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
             emit(begin + i * p.warps, kept[i]);
         }
     }
-    for (int time = begin + (kOfRow ? kKept * p.warps : 0); time < times; time += p.warps) {
-        Raw<T> raw[kSteps];
+    // The next columns are on their way while these are quantised.
+    int time = begin + (kOfRow ? kKept * p.warps : 0);
+    if (time >= times) return;
+    Raw<T> (&now)[kSteps] = kept[0], (&next)[kSteps] = kept[1];
+    const auto load_time = [&](int time, Raw<T> (&raw)[kSteps]) {
 #pragma unroll
         for (int s = 0; s < kSteps; s++) load_step(time, s, raw[s]);
-        emit(time, raw);
+    };
+    if (kOfRow || !early) load_time(time, now);
+#pragma unroll 1
+    for (; time < times; time += p.warps) {
+        if (time + p.warps < times) load_time(time + p.warps, next);
+        emit(time, now);
+#pragma unroll
+        for (int s = 0; s < kSteps; s++) now[s] = next[s];
     }
 }
 

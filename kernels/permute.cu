@@ -159,9 +159,8 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
     __shared__ float weights[kMaxTopk];
     __shared__ int slots[kMaxTopk];
     __shared__ int count;
-    moe::wait_for_previous_grid();
-    moe::release_next_grid();
     const int token = blockIdx.x, lane = threadIdx.x;
+    // Ids and weights were complete when the plan was begun, several grids ago.
     if (lane < 32) {
         int local = -1;
         if (lane < p.topk) {
@@ -175,6 +174,8 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
         }
         if (lane == 0) count = __popc(here);
     }
+    moe::wait_for_previous_grid();
+    moe::release_next_grid();
     __syncthreads();
     const int n = count, eights = p.hidden / 8;
     const uint4* results = static_cast<const uint4*>(p.results);
@@ -308,11 +309,13 @@ extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(cons
 
 // grid (tokens, parts of a row): 16-bit tokens to each of their experts' rows
 extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread(const __grid_constant__ SpreadParams p) {
+    const int token = blockIdx.x, at = blockIdx.y * kSpreadThreads + threadIdx.x;
+    const bool exists = at < kChunks * p.planes_count;
+    // Tokens were complete when the plan was begun, which is the grid ahead.
+    const uint4 v = exists ? spread_chunk(p, token, at) : make_uint4(0, 0, 0, 0);
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    const int token = blockIdx.x, at = blockIdx.y * kSpreadThreads + threadIdx.x;
-    if (at >= kChunks * p.planes_count) return;
-    const uint4 v = spread_chunk(p, token, at);
+    if (!exists) return;
 #pragma unroll 4
     for (int slot = 0; slot < p.topk; slot++) {
         const int row = __ldcg(p.places + token * p.topk + slot);
