@@ -11,40 +11,34 @@ namespace moe {
 // Registers of a thread after the warpgroups have shared them out.
 constexpr int kProducer = 56, kMath = 224;
 
-// Widths of products that there is code for: up to 64 columns in steps of eight (int8 has none of 40 and 56), beyond in
-// steps of 16, or 32 where a large tile is small for once.
+// Widths of products that there is code for: of small tiles and promoted sums all in steps of eight (int8 has none of 40 and
+// 56), else in steps of 16, or 32 where a large tile is small for once.
 template <int kN>
 __device__ constexpr int next_width(int width) {
-    if (kN <= 64) return width + (kInt8 && width >= 32 ? 16 : 8);
+    if (kN <= 64 || kPromoted) return width + (kInt8 && width >= 32 ? 16 : 8);
     return width + (kN > 128 && width < 128 ? 32 : 16);
 }
 template <int kN>
-constexpr int kNarrowest = kN <= 64 ? 8 : kN > 128 ? 32 : 16;
-
-// Sums with the narrowest product from kW on that takes all of the tile's tokens; its width.
-template <int kN, int kW = kNarrowest<kN>>
+constexpr int kNarrowest = kN <= 64 || kPromoted ? 8 : kN > 128 ? 32 : 16;
+// Sums in as few chunks of columns as take all of the tile's tokens, and with the narrowest product from kW on that does;
+// its width.
+template <int kN, int kUsed = 1, int kW = kNarrowest<kN>>
 __device__ __forceinline__ int sum(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
-    if constexpr (kW < kN) {
-        if (count > kW) return sum<kN, next_width<kN>(kW)>(multiply, count, acc);
-    }
-    multiply.template plain<kW>(acc);
-    return kW;
-}
-
-// The same with promoted sums, in as few chunks as take them.
-template <int kN, int kUsed = 1, int kW = 8>
-__device__ __forceinline__ int sum_promoted(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
     constexpr int kWidth = Layout<kN>::kWidth;
     if constexpr (kUsed < Layout<kN>::kChunks) {
         if (count > kUsed * kWidth) {
-            constexpr int kMore = kUsed + 1, kLeast = (kUsed * kWidth + 1 + 8 * kMore - 1) / (8 * kMore) * 8;
-            return sum_promoted<kN, kMore, kLeast>(multiply, count, acc);
+            constexpr int kMore = kUsed + 1, kLeast = (kUsed * kWidth / kMore + 8) / 8 * 8;
+            return sum<kN, kMore, kLeast>(multiply, count, acc);
         }
     }
     if constexpr (kW < kWidth) {
-        if (count > kUsed * kW) return sum_promoted<kN, kUsed, kW + 8>(multiply, count, acc);
+        if (count > kUsed * kW) return sum<kN, kUsed, next_width<kN>(kW)>(multiply, count, acc);
     }
-    multiply.template promoted<kW, kUsed>(acc);
+    if constexpr (kPromoted) {
+        multiply.template promoted<kW, kUsed>(acc);
+    } else {
+        multiply.template plain<kW>(acc);
+    }
     return kW;
 }
 
@@ -58,12 +52,7 @@ __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<k
         const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
         Sums<kN> acc;
-        int width;
-        if constexpr (kPromoted) {
-            width = sum_promoted<kN>(multiply, task.count, acc);
-        } else {
-            width = sum<kN>(multiply, task.count, acc);
-        }
+        const int width = sum<kN>(multiply, task.count, acc);
         const int facts = place_of<kFacts>(n);
         barrier_wait(memory.facts_full(facts), round_of<kFacts>(n));
         finish.write(acc, task, width, memory.facts(facts));

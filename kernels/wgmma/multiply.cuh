@@ -85,11 +85,19 @@ struct Multiply {
         return at;
     }
 
+    template <int kW, int kUsed>
+    __device__ __forceinline__ void clear(Sums<kN>& acc) const {
+#pragma unroll
+        for (int c = 0; c < kUsed; c++) {
+#pragma unroll
+            for (int i = 0; i < kW / 2; i++) acc[c][i] = 0;
+        }
+    }
+
     // Sums in place.
     template <int kW>
     __device__ __forceinline__ void plain(Sums<kN>& acc) {
-#pragma unroll
-        for (int i = 0; i < kW / 2; i++) acc[0][i] = 0;
+        clear<kW, 1>(acc);
         // Where the compiler finds no registers for two stages' operands, one by one.
         if constexpr (kInt8 && kN > 128) {
             one_by_one<kW>(acc);
@@ -169,11 +177,7 @@ struct Multiply {
     __device__ __forceinline__ void promoted(Sums<kN>& acc) {
         const int stages = stages_of(p);
         Operands a;
-#pragma unroll
-        for (int c = 0; c < kUsed; c++) {
-#pragma unroll
-            for (int i = 0; i < kW / 2; i++) acc[c][i] = 0;
-        }
+        clear<kW, kUsed>(acc);
         fetch(a, 0);
 #pragma unroll 1
         for (int stage = 0; stage < stages; stage++) {

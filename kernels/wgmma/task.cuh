@@ -47,7 +47,7 @@ constexpr int kTasks = 4, kFacts = 2;
 // out; facts of columns and rows; tasks; barriers.
 template <int kN>
 struct Layout {
-    // Registers hold the sums, and what is promoted of them.
+    // Columns of a product: of promoted sums, what there are registers for twice.
     static constexpr int kWidth = kPromoted && kN > 64 ? 64 : kN, kChunks = kN / kWidth;
     // Stages of a place. A few tokens' products take no longer than it takes to send for copies, so that there large
     // ones are to be few.
