@@ -139,7 +139,6 @@ struct Call {
 
 /// A layer's kernels. The packed projections belong to another: see [`new`](Wgmma::new).
 pub(super) struct Wgmma {
-    kind: Kind,
     /// By the place in `TILES`.
     kernels: [Option<(Kernel, Ring)>; TILES.len()],
     permute: Permute,
@@ -229,7 +228,6 @@ impl Wgmma {
         // Slots may be full, and too small a tile costs more than one too large.
         let load = |tokens: usize| Load { tokens, chance: if batched { 1.0 } else { chance } };
         Ok(Some(Self {
-            kind,
             tiles_from: layer.tiles_from(load),
             kernels,
             permute: Permute::new(gpu, config)?,
@@ -246,7 +244,7 @@ impl Wgmma {
 
     /// From how many tokens on, or slots of an expert, these kernels are faster than `cuda_mma`'s.
     pub fn pays_from(&self) -> usize {
-        self.kind.pays_from(&self.config)
+        cost::pays_from(&self.config)
     }
 
     /// Tokens that go through one pass.
