@@ -122,8 +122,8 @@ const LANES: usize = 16;
 fn sum<const STREAMS: usize>(buffer: &[u64], widest: bool) -> u64 {
     #[cfg(target_arch = "x86_64")]
     match CpuIsa::detect() {
-        // SAFETY: `detect` has found AVX-512F.
         CpuIsa::Avx512 | CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 if widest => {
+            // SAFETY: `detect` has found AVX-512F.
             return unsafe { sum_avx512::<STREAMS>(buffer) };
         }
         CpuIsa::Avx512 | CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 | CpuIsa::Avx2 => {

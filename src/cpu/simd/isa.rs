@@ -97,6 +97,7 @@ pub(super) trait Isa: Copy {
 /// # Safety
 ///
 /// As for [`Isa`].
+#[cfg(target_arch = "x86_64")]
 pub(super) trait PairDots: Isa {
     /// Two bfloat16 per row.
     type Pairs: Copy;
@@ -138,6 +139,7 @@ pub(super) static E2M1_BYTES: [u8; 16] = {
 };
 
 /// The low and the high byte of the bfloat16 of each e4m3 code without its sign.
+#[cfg(target_arch = "x86_64")]
 static E4M3_PAIRS: [[u8; 128]; 2] = {
     let mut t = [[0; 128]; 2];
     let mut i = 0;
@@ -152,6 +154,7 @@ static E4M3_PAIRS: [[u8; 128]; 2] = {
 };
 
 /// Twice the value of each e2m1 code as bfloat16, two times over.
+#[cfg(target_arch = "x86_64")]
 static E2M1_PAIRS: [u16; 32] = {
     let mut t = [0; 32];
     let mut i = 0;
@@ -163,6 +166,7 @@ static E2M1_PAIRS: [u16; 32] = {
 };
 
 /// i - 8 as bfloat16, two times over.
+#[cfg(target_arch = "x86_64")]
 static U4_PAIRS: [u16; 32] = {
     let mut t = [0; 32];
     let mut i = 0;

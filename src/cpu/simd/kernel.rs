@@ -6,7 +6,7 @@
 
 use super::format::{self, Bytes, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
 use super::isa::{Isa, portable::Portable};
-use super::{Rounding, dot, fixed, int8, math, nibble, pair_dot, pairs, scaled};
+use super::{Rounding, dot, fixed, int8, math, nibble, scaled};
 use crate::config::Activation;
 use crate::platform::CpuIsa;
 
@@ -363,9 +363,10 @@ entries!(
 /// Shapes with `pairs`; the others are the business of the set below.
 #[cfg(target_arch = "x86_64")]
 mod on_avx512_bf16 {
+    use super::super::pair_format::Pairs;
+    use super::super::{pair_dot, pairs};
     use super::on_avx512_vnni as below;
     use super::*;
-    use format::Pairs;
 
     type Avx512 = super::super::isa::avx512::Avx512<true>;
 

@@ -27,7 +27,10 @@ mod lone;
 mod math;
 mod nibble;
 mod pack;
+#[cfg(target_arch = "x86_64")]
 mod pair_dot;
+#[cfg(target_arch = "x86_64")]
+mod pair_format;
 mod pairs;
 mod run;
 mod scaled;

@@ -4,9 +4,10 @@
 //! A float32 sum takes two products at once, even and odd pairs of columns having a sum each where a step has several.
 //! The order depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use super::format::{GroupScale, PANEL, Pairs, STEP_BYTES};
+use super::format::{GroupScale, PANEL, STEP_BYTES};
 use super::isa::PairDots;
 use super::kernel::{CHUNK, Job, PREFETCH, PanelFn};
+use super::pair_format::Pairs;
 use super::pairs::HEAD;
 
 /// Vectors of a panel's rows.

@@ -8,7 +8,9 @@
 //!
 //! A head of 0 says that the row is no such one: its form as `Shape::plain_form` says follows.
 
-use super::format::{Pairs, Shape};
+use super::format::Shape;
+#[cfg(target_arch = "x86_64")]
+use super::pair_format::Pairs;
 
 /// Elements of float32 before what follows.
 pub(super) const HEAD: usize = 1;
@@ -21,6 +23,7 @@ pub(super) fn len(shape: &Shape) -> usize {
 
 /// The pairs of the row whose column `i` is `x[i]`, or `x[order[i]]`, into `out`, which has [`HEAD`] and [`len`] elements
 /// at least. If some value is no bfloat16 it writes nothing but a head of 0, and returns false.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn row<F: Pairs>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) -> bool {
     let (head, out) = out.split_at_mut(HEAD);

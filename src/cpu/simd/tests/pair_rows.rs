@@ -141,7 +141,7 @@ fn every_code_is_multiplied_exactly() {
     for codes in (0..=255u8).map(|c| if c & 0x7f == 0x7f { 0 } else { c }).collect::<Vec<_>>().chunks(32) {
         exactly(WeightElem::Quant(Elem::E4m3), codes.to_vec(), 1, Scales::PerTensor(1.0));
     }
-    let codes: Vec<u8> = (0..16 * 32 / 2).map(|i| (i * 2 % 16 | (i * 2 + 1) % 16 << 4) as u8).collect();
+    let codes: Vec<u8> = (0..16 * 32 / 2).map(|i| (((i * 2) % 16) | (((i * 2 + 1) % 16) << 4)) as u8).collect();
     let scales = |size: usize| Scales::Group {
         size,
         ty: HalfType::F16,
