@@ -11,11 +11,13 @@ pub enum CpuIsa {
     Avx512,
     /// The same with VNNI, the integer dot products.
     Avx512Vnni,
+    /// The same with the dot products of bfloat16 and with VBMI, the byte permutations.
+    Avx512Bf16,
 }
 
 impl CpuIsa {
     /// All of them, best last.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Avx512Bf16];
 
     /// The best of this machine. Asks the processor once, then remembers.
     pub fn detect() -> Self {
@@ -24,7 +26,11 @@ impl CpuIsa {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = has!("avx2") && has!("fma") && has!("f16c");
             if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
-                return if has!("avx512vnni") { CpuIsa::Avx512Vnni } else { CpuIsa::Avx512 };
+                return match has!("avx512vnni") {
+                    true if has!("avx512bf16") && has!("avx512vbmi") => CpuIsa::Avx512Bf16,
+                    true => CpuIsa::Avx512Vnni,
+                    false => CpuIsa::Avx512,
+                };
             }
             if avx2 {
                 return CpuIsa::Avx2;
@@ -33,13 +39,14 @@ impl CpuIsa {
         CpuIsa::Portable
     }
 
-    /// `portable`, `avx2`, `avx512`, `avx512_vnni`
+    /// `portable`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16`
     pub const fn name(self) -> &'static str {
         match self {
             CpuIsa::Portable => "portable",
             CpuIsa::Avx2 => "avx2",
             CpuIsa::Avx512 => "avx512",
             CpuIsa::Avx512Vnni => "avx512_vnni",
+            CpuIsa::Avx512Bf16 => "avx512_bf16",
         }
     }
 }
@@ -63,14 +70,15 @@ impl Platform {
         Platform::Cpu(CpuIsa::detect())
     }
 
-    /// `cpu`, `cpu_avx2`, `cpu_avx512`, `cpu_avx512_vnni`, `cpu_amx`, `cpu_portable`, `sm_90`, `rocm`, `xpu`.
+    /// `cpu`, `cpu_avx2`, `cpu_avx512`, `cpu_avx512_vnni`, `cpu_avx512_bf16`, `cpu_amx`, `cpu_portable`, `sm_90`, `rocm`, `xpu`.
     pub fn by_name(name: &str) -> Option<Self> {
         Some(match name {
             "cpu" => Platform::cpu(),
             "cpu_portable" => Platform::Cpu(CpuIsa::Portable),
             "cpu_avx2" => Platform::Cpu(CpuIsa::Avx2),
             "cpu_avx512" => Platform::Cpu(CpuIsa::Avx512),
-            "cpu_avx512_vnni" | "cpu_amx" => Platform::Cpu(CpuIsa::Avx512Vnni),
+            "cpu_avx512_vnni" => Platform::Cpu(CpuIsa::Avx512Vnni),
+            "cpu_avx512_bf16" | "cpu_amx" => Platform::Cpu(CpuIsa::Avx512Bf16),
             "rocm" => Platform::Rocm,
             "xpu" => Platform::Xpu,
             _ => Platform::Cuda(name.strip_prefix("sm_")?.trim_end_matches(['a', 'f']).parse().ok()?),

@@ -30,7 +30,7 @@ impl Limits {
             int8_gops: match CpuIsa::detect() {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `detect` has found VNNI.
-                CpuIsa::Avx512Vnni => Some(peak(threads, || unsafe { dot_vnni() })?),
+                CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 => Some(peak(threads, || unsafe { dot_vnni() })?),
                 _ => None,
             },
         })
@@ -122,9 +122,11 @@ const LANES: usize = 16;
 fn sum<const STREAMS: usize>(buffer: &[u64], widest: bool) -> u64 {
     #[cfg(target_arch = "x86_64")]
     match CpuIsa::detect() {
-        // SAFETY: `detect` has found AVX-512F.
-        CpuIsa::Avx512 | CpuIsa::Avx512Vnni if widest => return unsafe { sum_avx512::<STREAMS>(buffer) },
-        CpuIsa::Avx512 | CpuIsa::Avx512Vnni | CpuIsa::Avx2 => {
+        CpuIsa::Avx512 | CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 if widest => {
+            // SAFETY: `detect` has found AVX-512F.
+            return unsafe { sum_avx512::<STREAMS>(buffer) };
+        }
+        CpuIsa::Avx512 | CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 | CpuIsa::Avx2 => {
             // SAFETY: `detect` has found AVX2, which it asks of the AVX-512 sets, too.
             return unsafe { sum_avx2::<STREAMS>(buffer) };
         }
@@ -183,7 +185,7 @@ fn multiply_add() -> f64 {
     #[cfg(target_arch = "x86_64")]
     match CpuIsa::detect() {
         // SAFETY: `detect` has found AVX-512F.
-        CpuIsa::Avx512 | CpuIsa::Avx512Vnni => return unsafe { fma_avx512() },
+        CpuIsa::Avx512 | CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 => return unsafe { fma_avx512() },
         // SAFETY: `detect` has found AVX2 and FMA.
         CpuIsa::Avx2 => return unsafe { fma_avx2() },
         CpuIsa::Portable => {}

@@ -209,6 +209,9 @@ unsafe fn block<
             I::prefetch(step);
             I::prefetch(step.wrapping_add(64));
         }
+        if M == 1 && !FETCH && four % (2 * F::FOURS) == 0 {
+            I::prefetch_far(p.wrapping_add(PREFETCH + four / F::FOURS * STEP_BYTES));
+        }
         some::<I, F, P, M, V, 1>(four, p, x, &mut sums);
         four += 1;
     }

@@ -5,7 +5,7 @@
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
 
 use super::isa::Isa;
-use super::{Rounding, fixed, int8, scaled};
+use super::{Rounding, fixed, int8, pairs, scaled};
 use crate::platform::CpuIsa;
 
 /// Rows of a panel.
@@ -50,6 +50,11 @@ impl Code {
         }
     }
 
+    /// Whether there is a kernel that multiplies them as bfloat16, see `pair_dot`.
+    fn has_pairs(self) -> bool {
+        matches!(self, Code::Bf16 | Code::E4m3 | Code::E2m1 | Code::U4)
+    }
+
     /// Whether groups hold zero points.
     pub(super) fn zero_points(self) -> bool {
         matches!(self, Code::U8Zero | Code::U8ZeroRows | Code::U4Zero)
@@ -69,6 +74,8 @@ pub(super) enum Form {
     Scaled,
     /// int8 with a scale per block, see `int8`; depends on the group's size and on the code.
     Int8,
+    /// Pairs of bfloat16 where a row consists of such, see `pairs`; depends on the group's size and on the code.
+    Pairs,
 }
 
 /// The scales of a group.
@@ -139,6 +146,8 @@ pub(super) struct Shape {
     pub bias: bool,
     /// What activations are rounded to.
     pub rounding: Rounding,
+    /// Whether rows of bfloat16 are multiplied as such.
+    pub pairs: bool,
 }
 
 impl Shape {
@@ -157,16 +166,25 @@ impl Shape {
             + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
     }
 
-    /// The same matrix as it suits an instruction set best: with VNNI, int8 takes exact activations in parts.
-    pub(super) fn for_isa(self, isa: CpuIsa) -> Self {
-        match (self.code, isa) {
-            (Code::Int8, CpuIsa::Avx512Vnni) => Self { code: Code::Int8Rows, ..self },
-            _ => self,
-        }
+    /// The same matrix as it suits an instruction set best: with VNNI, int8 takes exact activations in parts; with BF16,
+    /// weights that bfloat16 holds are multiplied as such where activations may be bfloat16, which is in the first
+    /// projections (`hidden`): what they and the activation function give is float32.
+    pub(super) fn for_isa(self, isa: CpuIsa, hidden: bool) -> Self {
+        let code = match self.code {
+            Code::Int8 if isa >= CpuIsa::Avx512Vnni => Code::Int8Rows,
+            code => code,
+        };
+        let pairs = isa >= CpuIsa::Avx512Bf16 && hidden && self.rounding == Rounding::None && code.has_pairs();
+        Self { code, pairs, ..self }
     }
 
     /// How kernels take activations.
     pub(super) fn form(&self) -> Form {
+        if self.pairs { Form::Pairs } else { self.plain_form() }
+    }
+
+    /// The same of rows that are no pairs.
+    pub(super) fn plain_form(&self) -> Form {
         match self.code {
             _ if self.rounding != Rounding::None => Form::Int8,
             Code::E2m1 | Code::U4 | Code::U4Zero => Form::Fixed,
@@ -178,12 +196,18 @@ impl Shape {
 
     /// Float32 elements that a row takes in the form that the code's kernels read; 0 where it stays as it is.
     pub(super) fn form_len(&self) -> usize {
-        match self.form() {
+        let plain = match self.plain_form() {
             Form::Plain => 0,
             Form::Fixed => fixed::len::<false>(self.cols, self.group),
             Form::FixedWide => fixed::len::<true>(self.cols, self.group),
             Form::Scaled => scaled::HEAD + self.cols,
             Form::Int8 => int8::len(self),
+            Form::Pairs => 0,
+        };
+        match self.form() {
+            // Whichever form it will be.
+            Form::Pairs => pairs::HEAD + pairs::len(self).max(plain).max(self.cols),
+            _ => plain,
         }
     }
 
@@ -191,7 +215,9 @@ impl Shape {
     pub(super) fn form_like(&self, other: &Self) -> bool {
         match (self.form(), other.form()) {
             (Form::Fixed, Form::Fixed) | (Form::FixedWide, Form::FixedWide) => self.group == other.group,
-            (Form::Int8, Form::Int8) => (self.group, self.code) == (other.group, other.code),
+            (Form::Int8, Form::Int8) | (Form::Pairs, Form::Pairs) => {
+                (self.group, self.code) == (other.group, other.code)
+            }
             (a, b) => a == b,
         }
     }

@@ -4,6 +4,8 @@
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512_bf16;
 pub(super) mod portable;
 
 /// A vector of `LANES` float32, the lanes being consecutive rows of a panel.
@@ -86,6 +88,33 @@ pub(super) trait Isa: Copy {
     fn anew(p: *const u8) -> *const u8;
     /// Asks for a cache line. Any address will do.
     unsafe fn prefetch(p: *const u8);
+    /// The same, to the second-level cache.
+    unsafe fn prefetch_far(p: *const u8);
+}
+
+/// Dot products of pairs of bfloat16, for sets that have them.
+///
+/// # Safety
+///
+/// As for [`Isa`].
+#[cfg(target_arch = "x86_64")]
+pub(super) trait PairDots: Isa {
+    /// Two bfloat16 per row.
+    type Pairs: Copy;
+
+    /// A pair, for every row.
+    unsafe fn pair(p: *const f32) -> Self::Pairs;
+    /// Adds both products of each row, in float32, subnormal numbers being zeros.
+    unsafe fn dot_pairs(sum: Self::V, w: Self::Pairs, x: Self::Pairs) -> Self::V;
+    /// `LANES` rows of 2 columns.
+    unsafe fn bf16_pairs(p: *const u8) -> Self::Pairs;
+    /// `LANES` rows of 4 e4m3 codes each to their values, two columns at a time.
+    unsafe fn e4m3_pairs(p: *const u8) -> [Self::Pairs; 2];
+    /// `LANES` rows of 8 e2m1 codes each, their 4 bytes being those of two bit halves of columns k and k + 4, to twice
+    /// their values: columns 0 and 2, 4 and 6, 1 and 3, 5 and 7.
+    unsafe fn e2m1_pairs(p: *const u8) -> [Self::Pairs; 4];
+    /// The same of 4-bit integers to their values, the code - 8.
+    unsafe fn u4_pairs(p: *const u8) -> [Self::Pairs; 4];
 }
 
 /// [`Isa::anew`]
@@ -104,6 +133,45 @@ pub(super) static E2M1_BYTES: [u8; 16] = {
     let mut i = 0;
     while i < 16 {
         t[i] = (2.0 * crate::scheme::number::E2M1[i] + 12.0) as u8;
+        i += 1;
+    }
+    t
+};
+
+/// The low and the high byte of the bfloat16 of each e4m3 code without its sign.
+#[cfg(target_arch = "x86_64")]
+static E4M3_PAIRS: [[u8; 128]; 2] = {
+    let mut t = [[0; 128]; 2];
+    let mut i = 0;
+    while i < 128 {
+        // Exact: no e4m3 has more mantissa bits than a bfloat16, whose exponents reach further, too.
+        let bits = crate::scheme::number::E4M3[i].to_bits();
+        t[0][i] = (bits >> 16) as u8;
+        t[1][i] = (bits >> 24) as u8;
+        i += 1;
+    }
+    t
+};
+
+/// Twice the value of each e2m1 code as bfloat16, two times over.
+#[cfg(target_arch = "x86_64")]
+static E2M1_PAIRS: [u16; 32] = {
+    let mut t = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        t[i] = ((2.0 * crate::scheme::number::E2M1[i % 16]).to_bits() >> 16) as u16;
+        i += 1;
+    }
+    t
+};
+
+/// i - 8 as bfloat16, two times over.
+#[cfg(target_arch = "x86_64")]
+static U4_PAIRS: [u16; 32] = {
+    let mut t = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        t[i] = (((i % 16) as f32 - 8.0).to_bits() >> 16) as u16;
         i += 1;
     }
     t

@@ -16,23 +16,41 @@ pub(super) const CHUNK: usize = 12;
 /// How far ahead of the running step memory is asked for.
 pub(super) const PREFETCH: usize = 8192;
 
-/// One panel times `x[0 .. tokens]`.
+/// Panels times `x[0 .. tokens]`.
 pub(super) struct Job<'a> {
     /// The matrix.
     pub shape: &'a Shape,
-    /// `shape.panel_bytes()` bytes.
+    /// `shape.panel_bytes()` bytes, or of each of several panels. (What the micro-kernels see is one panel.)
     pub panel: &'a [u8],
     /// Rows of `shape.cols` elements, or the forms of them that the code asks for.
     pub x: &'a [*const f32],
-    /// Results, one per element of `x`.
+    /// Results of each panel, one per element of `x`.
     pub out: &'a mut [[f32; PANEL]],
+}
+
+impl Job<'_> {
+    /// How many panels there are.
+    #[inline(always)]
+    fn panels(&self) -> usize {
+        // No division for one, which is what there mostly is.
+        if self.out.len() == self.x.len() { 1 } else { self.out.len() / self.x.len() }
+    }
+
+    /// The part of one of `panels`.
+    #[inline(always)]
+    fn one(&mut self, panels: usize, i: usize) -> Job<'_> {
+        let bytes = if panels == 1 { self.panel.len() } else { self.panel.len() / panels };
+        let tokens = self.x.len();
+        let panel = &self.panel[i * bytes..][..bytes];
+        Job { shape: self.shape, panel, x: self.x, out: &mut self.out[i * tokens..][..tokens] }
+    }
 }
 
 /// # Safety
 ///
-/// The processor has the kernel's instruction set, the panel was packed for the shape and has `panel_bytes` bytes, the
-/// kernel is the one for the shape, every pointer of `x` can be read for `shape.cols` elements (of a form: for
-/// `shape.form_len()`) and `out` is as long as `x`.
+/// The processor has the kernel's instruction set, the panels were packed for the shape and have `panel_bytes` bytes
+/// each, the kernel is the one for the shape, every pointer of `x`, of which there is one, can be read for `shape.cols`
+/// elements (of a form: for `shape.form_len()`) and `out` is as long as `x` for every panel.
 pub(super) type PanelFn = unsafe fn(&mut Job<'_>);
 
 /// [`fixed::row`], [`scaled::row`] or [`int8::row`] with what the instruction set offers.
@@ -82,8 +100,12 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
             p = p.add(PANEL);
         }
         let mut sums = [[[zero; V]; M]; 2];
-        for _ in 0..len / F::STEP {
-            if t == 0 {
+        for i in 0..len / F::STEP {
+            if M == 1 && t == 0 {
+                if i % 2 == 0 {
+                    I::prefetch_far(p.wrapping_add(PREFETCH));
+                }
+            } else if t == 0 {
                 I::prefetch(p.wrapping_add(PREFETCH));
                 I::prefetch(p.wrapping_add(PREFETCH + 64));
             }
@@ -230,25 +252,37 @@ macro_rules! entries {
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn entry<F: Format>(job: &mut Job<'_>) {
                 let _subnormals = F::SCALED.then(scaled::Subnormals::on);
-                panel::<$isa, F>(job)
+                let panels = job.panels();
+                for i in 0..panels {
+                    panel::<$isa, F>(&mut job.one(panels, i))
+                }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn nibbles<F: Nibbles>(job: &mut Job<'_>) {
-                nibble::panel::<$isa, F>(job)
+                let panels = job.panels();
+                for i in 0..panels {
+                    nibble::panel::<$isa, F>(&mut job.one(panels, i))
+                }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn dots<F: Bytes>(job: &mut Job<'_>) {
-                dot::panel::<$isa, F, 1>(job)
+                let panels = job.panels();
+                for i in 0..panels {
+                    dot::panel::<$isa, F, 1>(&mut job.one(panels, i))
+                }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn parts<F: Bytes>(job: &mut Job<'_>) {
-                dot::panel::<$isa, F, { fixed::PARTS }>(job)
+                let panels = job.panels();
+                for i in 0..panels {
+                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.one(panels, i))
+                }
             }
 
             pub(super) fn kernel(shape: &Shape) -> PanelFn {
@@ -300,13 +334,14 @@ macro_rules! entries {
                 int8::row::<$isa>(x, order, shape, out)
             }
 
-            /// For the plain form some function, which is never called.
+            /// For the plain form and pairs some function, which is never called.
             pub(super) fn form(form: Form) -> FormFn {
                 match form {
                     Form::Scaled | Form::Plain => scale,
                     Form::Fixed => fix,
                     Form::FixedWide => fix_wide,
                     Form::Int8 => round,
+                    Form::Pairs => scale,
                 }
             }
         }
@@ -325,6 +360,60 @@ entries!(
     "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
 
+/// Shapes with `pairs`; the others are the business of the set below.
+#[cfg(target_arch = "x86_64")]
+mod on_avx512_bf16 {
+    use super::super::pair_format::Pairs;
+    use super::super::{pair_dot, pairs};
+    use super::on_avx512_vnni as below;
+    use super::*;
+
+    type Avx512 = super::super::isa::avx512::Avx512<true>;
+
+    #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn dots<F: Pairs>(job: &mut Job<'_>) {
+        let (panels, plain) = (job.panels(), below::kernel(job.shape));
+        for i in 0..panels {
+            pair_dot::panel::<Avx512, F>(&mut job.one(panels, i), plain)
+        }
+    }
+
+    #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn pair<F: Pairs>(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+        if pairs::row::<F>(x, order, shape.group, out) {
+            return;
+        }
+        let out = &mut out[pairs::HEAD..];
+        match (shape.plain_form(), order) {
+            (Form::Plain, None) => out[..x.len()].copy_from_slice(x),
+            (Form::Plain, Some(order)) => out.iter_mut().zip(order).for_each(|(to, c)| *to = x[*c as usize]),
+            (form, _) => below::form(form)(x, order, shape, out),
+        }
+    }
+
+    pub(super) fn kernel(shape: &Shape) -> PanelFn {
+        match shape.code {
+            Code::Bf16 if shape.pairs => dots::<format::Bf16>,
+            Code::E4m3 if shape.pairs => dots::<format::E4m3>,
+            Code::E2m1 if shape.pairs => dots::<format::E2m1>,
+            Code::U4 if shape.pairs => dots::<format::U4>,
+            _ => below::kernel(shape),
+        }
+    }
+
+    pub(super) fn form(shape: &Shape) -> FormFn {
+        match shape.code {
+            Code::Bf16 if shape.pairs => pair::<format::Bf16>,
+            Code::E4m3 if shape.pairs => pair::<format::E4m3>,
+            Code::E2m1 if shape.pairs => pair::<format::E2m1>,
+            Code::U4 if shape.pairs => pair::<format::U4>,
+            _ => below::form(shape.form()),
+        }
+    }
+}
+
 /// The kernel of a shape and an instruction set.
 pub(super) fn kernel(isa: CpuIsa, shape: &Shape) -> PanelFn {
     match isa {
@@ -334,6 +423,8 @@ pub(super) fn kernel(isa: CpuIsa, shape: &Shape) -> PanelFn {
         CpuIsa::Avx512 => on_avx512::kernel(shape),
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512Vnni => on_avx512_vnni::kernel(shape),
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Bf16 => on_avx512_bf16::kernel(shape),
         _ => on_portable::kernel(shape),
     }
 }
@@ -346,13 +437,14 @@ pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512 => on_avx512::activate,
         #[cfg(target_arch = "x86_64")]
-        CpuIsa::Avx512Vnni => on_avx512_vnni::activate,
+        CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 => on_avx512_vnni::activate,
         _ => on_portable::activate,
     }
 }
 
 /// How an instruction set brings rows into a form; for the plain form, never called.
-pub(super) fn form(isa: CpuIsa, form: Form) -> FormFn {
+pub(super) fn form(isa: CpuIsa, shape: &Shape) -> FormFn {
+    let form = shape.form();
     match isa {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx2 => on_avx2::form(form),
@@ -360,6 +452,8 @@ pub(super) fn form(isa: CpuIsa, form: Form) -> FormFn {
         CpuIsa::Avx512 => on_avx512::form(form),
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx512Vnni => on_avx512_vnni::form(form),
+        #[cfg(target_arch = "x86_64")]
+        CpuIsa::Avx512Bf16 => on_avx512_bf16::form(shape),
         _ => on_portable::form(form),
     }
 }

@@ -5,11 +5,16 @@
 //! fixed-point form that is as good as exact: see `fixed` for the form and `nibble` for the loop; so are those of int8
 //! weights where there is VNNI, see `dot`. E4m3 weights take activations multiplied by a power of two: see `scaled`.
 //!
+//! Where there are dot products of bfloat16, rows of hidden states that are such in every value meet bf16, fp8 and 4-bit
+//! weights as such, exactly, in the first projections: see `pairs` and `pair_dot`. What the activation function gives is
+//! float32, and goes the way that rows of other types go: in two parts of bfloat16 each it would be less exact and, with
+//! fp8 weights, no faster.
+//!
 //! The other [`Rounding`]s (`cpu_simd_a8`, `cpu_simd_w8a8`) round the input of each GEMM to int8: see `int8` for the form
 //! and `dot` for the loop.
 //!
 //! A token's bits depend on its inputs, the weights and the instruction set, not on the batch or on threads. Products of
-//! integers (4-bit weights, int8 activations) do not depend on the instruction set either.
+//! integers (4-bit weights that do not go the way above, int8 activations) do not depend on the instruction set either.
 
 mod codes;
 mod dot;
@@ -18,9 +23,15 @@ mod format;
 mod int8;
 mod isa;
 mod kernel;
+mod lone;
 mod math;
 mod nibble;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pair_dot;
+#[cfg(target_arch = "x86_64")]
+mod pair_format;
+mod pairs;
 mod run;
 mod scaled;
 #[cfg(test)]
@@ -96,6 +107,8 @@ pub enum PackError {
 /// One projection of all experts.
 struct Projection {
     shape: Shape,
+    /// [`Shape::panel_bytes`], which takes a while to work out.
+    panel_bytes: usize,
     kernel: kernel::PanelFn,
     /// Brings rows into the form of the shape's code.
     form: kernel::FormFn,
@@ -120,6 +133,8 @@ pub struct SimdExperts {
     orders: Vec<Orders>,
     /// Whether any expert permutes its input.
     permuted: bool,
+    /// Whether gate, if there is one, is packed as up is and reads the same input.
+    together: bool,
     /// Experts one after the other: gate and up panels alternating, then down panels.
     packed: memmap2::Mmap,
     expert_bytes: usize,
@@ -169,8 +184,10 @@ impl SimdExperts {
             pack_expert(expert, orders, gate.as_ref(), &up, &down, out);
         });
         let packed = packed.make_read_only().map_err(memory)?;
+        let permuted = orders.iter().any(|o| o.gate.is_some() || o.up.is_some());
         Ok(Self {
-            permuted: orders.iter().any(|o| o.gate.is_some() || o.up.is_some()),
+            permuted,
+            together: !permuted && gate.as_ref().is_none_or(|g| g.shape == up.shape),
             gate,
             up,
             down,
@@ -196,14 +213,14 @@ fn projection(
     let mut shape = None;
     for (expert, e) in weights.experts.iter().enumerate() {
         let Some(m) = get(e).0 else { return Err(PackError::Mixed { expert, tensor }) };
-        let this = pack::shape(m, bias, rounding)?.for_isa(isa);
+        let this = pack::shape(m, bias, rounding)?.for_isa(isa, tensor != "w2");
         if *shape.get_or_insert(this) != this {
             return Err(PackError::Mixed { expert, tensor });
         }
     }
     let Some(shape) = shape else { return Err(PackError::Unsupported("a layer without experts".into())) };
-    let form = kernel::form(isa, shape.form());
-    Ok(Projection { shape, kernel: kernel::kernel(isa, &shape), form })
+    let form = kernel::form(isa, &shape);
+    Ok(Projection { shape, panel_bytes: shape.panel_bytes(), kernel: kernel::kernel(isa, &shape), form })
 }
 
 fn orders(expert: &ExpertWeights) -> Orders {

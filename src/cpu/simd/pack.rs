@@ -56,7 +56,7 @@ pub(super) fn shape(m: &WeightMatrix, bias: bool, rounding: Rounding) -> Result<
         Scales::Group { ty: HalfType::Bf16, .. } => GroupScale::Bf16,
     };
     let group = m.group_cols().min(m.cols);
-    Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias, rounding })
+    Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias, rounding, pairs: false })
 }
 
 /// The columns in the order in which they are packed, where that is not their own.

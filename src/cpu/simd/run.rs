@@ -3,16 +3,17 @@
 //!
 //! That tasks do not race rests on what [`Executor::run`] promises: each index once, all done when it returns.
 
-use super::format::PANEL;
+use super::format::{Form, PANEL};
 use super::kernel::{CHUNK, Job};
-use super::{Projection, SimdExperts};
+use super::{Projection, SimdExperts, lone};
 use crate::cpu::{Executor, Experts, ExpertsCall, Segment, SingleThread, padded};
 use crate::platform::CpuIsa;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Memory that tasks write at places that differ from task to task.
 #[derive(Clone, Copy)]
-struct Shared(*mut f32);
+pub(super) struct Shared(*mut f32);
 
 // SAFETY: a pointer is only an address; every use of it says why it does not race.
 unsafe impl Send for Shared {}
@@ -21,51 +22,54 @@ unsafe impl Sync for Shared {}
 
 impl Shared {
     /// Row `i` of rows of `stride` elements.
-    fn row(self, i: usize, stride: usize) -> *mut f32 {
+    pub(super) fn row(self, i: usize, stride: usize) -> *mut f32 {
         self.0.wrapping_add(i * stride)
     }
 }
 
 /// Rows of scratch, one per assignment.
 #[derive(Clone, Copy)]
-struct Scratch {
+pub(super) struct Scratch {
     rows: Shared,
     /// Elements of a row.
     stride: usize,
 }
 
 impl Scratch {
-    fn row(self, assignment: usize) -> *mut f32 {
+    pub(super) fn row(self, assignment: usize) -> *mut f32 {
         self.rows.0.wrapping_add(assignment * self.stride)
     }
 }
 
 /// Everything in scratch, in this order. What is not needed has rows of no elements.
 #[derive(Clone, Copy)]
-struct Parts {
+pub(super) struct Parts {
     /// Up's inputs, in its packed order or form.
-    up: Scratch,
+    pub(super) up: Scratch,
     /// The same of gate, unless it reads up's.
-    gate: Scratch,
+    pub(super) gate: Scratch,
     /// The activation's results, in down's packed order.
-    mid: Scratch,
+    pub(super) mid: Scratch,
     /// Their form, where down reads one.
     formed_mid: Scratch,
 }
+
+/// Tasks of each thread that leave them enough to share.
+const TASKS_PER_THREAD: usize = 16;
 
 /// Elements of work that are not worth waking other threads for.
 const ALONE: usize = 1 << 15;
 
 impl SimdExperts {
-    /// Bytes of the `i`th gate (if any) and up panel of an expert, or of its down panel.
-    fn panels(&self, expert: usize, i: usize, down: bool) -> (&[u8], &[u8]) {
+    /// Bytes of these gate (if any) and up panels of an expert, which alternate, or of its down panels.
+    pub(super) fn panels(&self, expert: usize, panels: Range<usize>, down: bool) -> &[u8] {
         let all = &self.packed[expert * self.expert_bytes..][..self.expert_bytes];
-        let (g, u) = (self.gate.as_ref().map_or(0, |g| g.shape.panel_bytes()), self.up.shape.panel_bytes());
-        if down {
-            let d = self.down.shape.panel_bytes();
-            return (&[], &all[self.up.shape.panels() * (g + u) + i * d..][..d]);
-        }
-        all[i * (g + u)..][..g + u].split_at(g)
+        let first = self.gate.as_ref().map_or(0, |g| g.panel_bytes) + self.up.panel_bytes;
+        let (start, each) = match down {
+            true => (self.up.shape.panels() * first, self.down.panel_bytes),
+            false => (0, first),
+        };
+        &all[start + panels.start * each..][..panels.len() * each]
     }
 
     /// Panics unless every index of the call lies within its slice and segments do not overlap.
@@ -96,8 +100,8 @@ impl SimdExperts {
     }
 
     /// Whether gate reads the inputs that up reads.
-    fn shared_input(&self) -> bool {
-        let alike = |g: &Projection| g.shape.form_len() > 0 && g.shape.form_like(&self.up.shape);
+    pub(super) fn shared_input(&self) -> bool {
+        let alike = |g: &Projection| g.shape.form() != Form::Plain && g.shape.form_like(&self.up.shape);
         !self.permuted && self.gate.as_ref().is_some_and(alike)
     }
 
@@ -147,7 +151,7 @@ impl SimdExperts {
         let gate = self.gate.as_ref().filter(|_| !self.shared_input());
         let first = [gate.map(|g| (g, &orders.gate, parts.gate)), Some((&self.up, &orders.up, parts.up))];
         for (p, order, to) in first.into_iter().flatten() {
-            let formed = p.shape.form_len() > 0;
+            let formed = p.shape.form() != Form::Plain;
             if !formed && order.is_none() {
                 continue;
             }
@@ -163,6 +167,39 @@ impl SimdExperts {
         }
     }
 
+    /// Where a first projection finds the input of assignment `a`: a row of the input, or of scratch, written by `prepare`
+    /// before the phase of these projections, for all H columns or with the whole form.
+    pub(super) fn input(
+        &self,
+        call: &ExpertsCall<'_>,
+        p: &Projection,
+        order: &Option<Vec<u32>>,
+        a: usize,
+        from: Scratch,
+    ) -> *const f32 {
+        match p.shape.form() != Form::Plain || order.is_some() {
+            true => from.row(self.input_of(call, a)),
+            false => call.input[call.assignments[a].input_row as usize * call.input_stride..].as_ptr(),
+        }
+    }
+
+    /// What down reads.
+    pub(super) fn formed_mid(&self, parts: &Parts) -> Scratch {
+        if self.down.shape.form() != Form::Plain { parts.formed_mid } else { parts.mid }
+    }
+
+    /// Writes the activation's results of a panel to an assignment's row.
+    pub(super) fn write_mid(&self, mid: &[f32; PANEL], panel: usize, order: Option<&[u32]>, row: *mut f32) {
+        let rows = PANEL.min(self.intermediate() - panel * PANEL);
+        for (j, value) in mid[..rows].iter().enumerate() {
+            let column = panel * PANEL + j;
+            let column = order.map_or(column, |order| order[column] as usize);
+            // SAFETY: the column is below I (`order` is a permutation of 0..I), the row one of scratch. No other task has
+            // both this assignment and this panel, and a permutation sends other panels' elements elsewhere.
+            unsafe { row.add(column).write(*value) };
+        }
+    }
+
     /// Brings the activation's results of an assignment into the form that down reads.
     fn form_mid(&self, a: usize, parts: &Parts) {
         // SAFETY: the first phase wrote all I elements of this row of scratch and nobody writes them in this one.
@@ -173,30 +210,26 @@ impl SimdExperts {
         unsafe { (self.down.form)(mid, None, &self.down.shape, row) };
     }
 
-    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment, N at a time.
-    fn first<const N: usize>(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
+    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment, some at a time.
+    fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
         let expert = segment.expert as usize;
         let orders = &self.orders[expert];
-        let (gate_panel, up_panel) = self.panels(expert, panel, false);
-        let rows = PANEL.min(self.intermediate() - panel * PANEL);
+        let bytes = self.panels(expert, panel..panel + 1, false);
+        let (gate_panel, up_panel) = bytes.split_at(bytes.len() - self.up.panel_bytes);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let (mut gate, mut up) = ([[0f32; PANEL]; N], [[0f32; PANEL]; N]);
-        for at in (start..end).step_by(N) {
-            let n = N.min(end - at);
+        let (mut gate, mut up) = ([[0f32; PANEL]; CHUNK], [[0f32; PANEL]; CHUNK]);
+        for at in (start..end).step_by(CHUNK) {
+            let n = CHUNK.min(end - at);
             let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
-                let mut x = [std::ptr::null::<f32>(); N];
-                for (i, a) in call.assignments[at..at + n].iter().enumerate() {
-                    x[i] = match p.shape.form_len() > 0 || order.is_some() {
-                        true => from.row(self.input_of(call, at + i)),
-                        false => call.input[a.input_row as usize * call.input_stride..].as_ptr(),
-                    };
+                let mut x = [std::ptr::null::<f32>(); CHUNK];
+                for (i, x) in x[..n].iter_mut().enumerate() {
+                    *x = self.input(call, p, order, at + i, from);
                 }
                 x
             };
             if let Some(g) = &self.gate {
                 let x = input(g, &orders.gate, if self.shared_input() { parts.up } else { parts.gate });
-                // SAFETY: `x` holds rows of the input, whose stride is at least H, or of scratch, whose rows were
-                // written by `prepare` before this phase: for all H columns, or with the whole form.
+                // SAFETY: `x` holds rows as `input` promises.
                 unsafe { multiply(g, gate_panel, &x[..n], &mut gate[..n]) };
             }
             let x = input(&self.up, &orders.up, parts.up);
@@ -206,37 +239,22 @@ impl SimdExperts {
                 let mut mid = [0f32; PANEL];
                 // SAFETY: `new` checked the instruction set.
                 unsafe { (self.activate)(self.activation, &gate[i], &up[i], &mut mid) };
-                let row = parts.mid.row(at + i);
-                for (j, value) in mid[..rows].iter().enumerate() {
-                    let column = panel * PANEL + j;
-                    let column = orders.down.as_ref().map_or(column, |order| order[column] as usize);
-                    // SAFETY: the column is below I (`order` is a permutation of 0..I), the row one of scratch. No
-                    // other task has both this assignment and this panel, and a permutation sends other panels'
-                    // elements elsewhere.
-                    unsafe { row.add(column).write(*value) };
-                }
+                self.write_mid(&mid, panel, orders.down.as_deref(), parts.mid.row(at + i));
             }
         }
     }
 
-    /// Rows `panel * 32 ..` of down, for the assignments of a segment, N at a time.
-    fn second<const N: usize>(
-        &self,
-        call: &ExpertsCall<'_>,
-        segment: &Segment,
-        panel: usize,
-        parts: &Parts,
-        output: Shared,
-    ) {
-        let (_, bytes) = self.panels(segment.expert as usize, panel, true);
+    /// Rows `panel * 32 ..` of down, for the assignments of a segment, some at a time.
+    fn second(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts, output: Shared) {
+        let bytes = self.panels(segment.expert as usize, panel..panel + 1, true);
         let hidden = self.hidden();
-        let from = if self.down.shape.form_len() > 0 { parts.formed_mid } else { parts.mid };
+        let from = self.formed_mid(parts);
         let rows = PANEL.min(hidden - panel * PANEL);
         let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let mut out = [[0f32; PANEL]; N];
-        for at in (start..end).step_by(N) {
-            let n = N.min(end - at);
-            let mut x = [std::ptr::null::<f32>(); N];
+        let mut out = [[0f32; PANEL]; CHUNK];
+        for at in (start..end).step_by(CHUNK) {
+            let n = CHUNK.min(end - at);
+            let mut x = [std::ptr::null::<f32>(); CHUNK];
             for (i, x) in x[..n].iter_mut().enumerate() {
                 *x = from.row(at + i);
             }
@@ -247,29 +265,39 @@ impl SimdExperts {
                 write_row(output.row(a.output_row as usize, hidden).wrapping_add(panel * PANEL), &out[..rows]);
             }
         }
-
-        fn write_row(to: *mut f32, values: &[f32]) {
-            for (j, value) in values.iter().enumerate() {
-                // SAFETY: `check` saw that the output has this row, and row and panel end within H. During this phase
-                // the output is only touched by these atomic stores, so that even a call that breaks the contract by
-                // naming an output row twice gets one result or the other, not a data race. f32 and AtomicU32 have
-                // the same size and alignment.
-                unsafe { AtomicU32::from_ptr(to.add(j).cast()) }.store(value.to_bits(), Ordering::Relaxed);
-            }
-        }
     }
 }
 
-/// A panel of a projection times the rows `x`.
+/// Writes part of a row of the output.
+pub(super) fn write_row(to: *mut f32, values: &[f32]) {
+    for (j, value) in values.iter().enumerate() {
+        // SAFETY: `check` saw that the output has this row, and callers end row and panel within H. During this phase the
+        // output is only touched by these atomic stores, so that even a call that breaks the contract by naming an output
+        // row twice gets one result or the other, not a data race. f32 and AtomicU32 have the same size and alignment.
+        unsafe { AtomicU32::from_ptr(to.add(j).cast()) }.store(value.to_bits(), Ordering::Relaxed);
+    }
+}
+
+/// Panels of a projection times the rows `x`: results panel by panel.
 ///
 /// # Safety
 ///
-/// Every pointer of `x` can be read for as many elements as the projection has columns.
-unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], out: &mut [[f32; PANEL]]) {
-    debug_assert_eq!((panel.len(), x.len()), (p.shape.panel_bytes(), out.len()));
+/// Every pointer of `x` can be read for as many elements as the projection has columns, or as its form has.
+pub(super) unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], out: &mut [[f32; PANEL]]) {
+    debug_assert_eq!(panel.len() * x.len(), p.panel_bytes * out.len());
     // SAFETY: `new` checked the instruction set and chose the kernel by the shape's code; callers pass panels that
-    // `panels` cut to the shape's size, and as many results as rows.
+    // `panels` cut to the shape's size, and as many results of each as rows.
     unsafe { (p.kernel)(&mut Job { shape: &p.shape, panel, x, out }) }
+}
+
+/// Runs `task` for all panels of all segments, several at a time where enough tasks for all threads are left.
+fn tasks(call: &ExpertsCall<'_>, panels: usize, pool: &dyn Executor, task: &(dyn Fn(&Segment, Range<usize>) + Sync)) {
+    let each = (call.segments.len() * panels / (TASKS_PER_THREAD * pool.threads())).clamp(1, lone::PANELS);
+    let parts = panels.div_ceil(each);
+    pool.run(call.segments.len() * parts, &|i| {
+        let start = i % parts * each;
+        task(&call.segments[i / parts], start..panels.min(start + each));
+    });
 }
 
 /// # Panics
@@ -294,25 +322,16 @@ impl Experts for SimdExperts {
             let inputs = self.common_rows(&call).unwrap_or(n);
             rows(inputs, self.hidden(), &|i| self.prepare(&call, i, &parts));
         }
-        let panels = self.up.shape.panels();
-        pool.run(call.segments.len() * panels, &|i| {
-            let segment = &call.segments[i / panels];
-            // A lone token needs no room for more.
-            match segment.len {
-                1 => self.first::<1>(&call, segment, i % panels, &parts),
-                _ => self.first::<CHUNK>(&call, segment, i % panels, &parts),
-            }
+        tasks(&call, self.up.shape.panels(), pool, &|segment, panels| match segment.len {
+            1 => self.first_alone(&call, segment, panels, &parts),
+            _ => panels.into_iter().for_each(|panel| self.first(&call, segment, panel, &parts)),
         });
         if parts.formed_mid.stride > 0 {
             rows(n, self.intermediate(), &|a| self.form_mid(a, &parts));
         }
-        let panels = self.down.shape.panels();
-        pool.run(call.segments.len() * panels, &|i| {
-            let segment = &call.segments[i / panels];
-            match segment.len {
-                1 => self.second::<1>(&call, segment, i % panels, &parts, output),
-                _ => self.second::<CHUNK>(&call, segment, i % panels, &parts, output),
-            }
+        tasks(&call, self.down.shape.panels(), pool, &|segment, panels| match segment.len {
+            1 => self.second_alone(&call, segment, panels, &parts, output),
+            _ => panels.into_iter().for_each(|panel| self.second(&call, segment, panel, &parts, output)),
         });
     }
 

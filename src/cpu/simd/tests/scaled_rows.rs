@@ -4,10 +4,9 @@ use super::*;
 
 fn form(x: &[f32], order: Option<&[u32]>, isa: CpuIsa) -> Vec<f32> {
     let mut out = vec![f32::NAN; scaled::HEAD + x.len()];
+    let shape = shape(format::Code::E4m3, x.len(), x.len());
     // SAFETY: only detected instruction sets come here.
-    unsafe {
-        kernel::form(isa, format::Form::Scaled)(x, order, &shape(format::Code::E4m3, x.len(), x.len()), &mut out)
-    };
+    unsafe { kernel::form(isa, &shape)(x, order, &shape, &mut out) };
     out
 }
 
