@@ -1,6 +1,6 @@
 // Hopper's grouped GEMM for many tokens: weight rows are the product's 64 rows, in registers; tokens its columns, in
 // shared memory. A cluster of blocks stays and takes tasks (as many rows of an expert's matrix as it has room for, times a
-// tile of its tokens) in turn: a warp of each block fills a ring, two warpgroups multiply. Everything that a task needs
+// tile of its tokens) in turn: two warps of each block fill a ring, two warpgroups multiply. Everything that a task needs
 // besides is found out ahead of it, and the ring goes on over tasks.
 #include "wgmma/finish.cuh"
 #include "wgmma/multiply.cuh"
