@@ -20,6 +20,7 @@ __device__ constexpr int next_width(int width) {
 }
 template <int kN>
 constexpr int kNarrowest = kN <= 64 || kPromoted ? 8 : kN > 128 ? 32 : 16;
+
 // Sums in as few chunks of columns as take all of the tile's tokens, and with the narrowest product from kW on that does;
 // its width.
 template <int kN, int kUsed = 1, int kW = kNarrowest<kN>>

@@ -209,6 +209,7 @@ unsafe fn block<
             I::prefetch(step);
             I::prefetch(step.wrapping_add(64));
         }
+        // For a lone token the processor itself has enough loads under way, but where a panel ends.
         if M == 1 && !FETCH && four % (2 * F::FOURS) == 0 {
             I::prefetch_far(p.wrapping_add(PREFETCH + four / F::FOURS * STEP_BYTES));
         }

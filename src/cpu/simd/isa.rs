@@ -153,26 +153,30 @@ static E4M3_PAIRS: [[u8; 128]; 2] = {
     t
 };
 
-/// Twice the value of each e2m1 code as bfloat16, two times over.
+/// Sixteen values as bfloat16, which must hold them, two times over.
+#[cfg(target_arch = "x86_64")]
+const fn twice(values: [f32; 16]) -> [u16; 32] {
+    let mut t = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        t[i] = (values[i % 16].to_bits() >> 16) as u16;
+        i += 1;
+    }
+    t
+}
+
+/// Twice the value of each e2m1 code.
 #[cfg(target_arch = "x86_64")]
 static E2M1_PAIRS: [u16; 32] = {
-    let mut t = [0; 32];
+    let mut values = crate::scheme::number::E2M1;
     let mut i = 0;
-    while i < 32 {
-        t[i] = ((2.0 * crate::scheme::number::E2M1[i % 16]).to_bits() >> 16) as u16;
+    while i < 16 {
+        values[i] *= 2.0;
         i += 1;
     }
-    t
+    twice(values)
 };
 
-/// i - 8 as bfloat16, two times over.
+/// i - 8 for each 4-bit code i.
 #[cfg(target_arch = "x86_64")]
-static U4_PAIRS: [u16; 32] = {
-    let mut t = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        t[i] = (((i % 16) as f32 - 8.0).to_bits() >> 16) as u16;
-        i += 1;
-    }
-    t
-};
+static U4_PAIRS: [u16; 32] = twice([-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.]);

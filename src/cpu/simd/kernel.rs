@@ -101,6 +101,7 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
         }
         let mut sums = [[[zero; V]; M]; 2];
         for i in 0..len / F::STEP {
+            // For a lone token the processor itself has enough loads under way, but where a panel ends.
             if M == 1 && t == 0 {
                 if i % 2 == 0 {
                     I::prefetch_far(p.wrapping_add(PREFETCH));

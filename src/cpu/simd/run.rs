@@ -292,7 +292,7 @@ pub(super) unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], ou
 
 /// Runs `task` for all panels of all segments, several at a time where enough tasks for all threads are left.
 fn tasks(call: &ExpertsCall<'_>, panels: usize, pool: &dyn Executor, task: &(dyn Fn(&Segment, Range<usize>) + Sync)) {
-    let each = (call.segments.len() * panels / (TASKS_PER_THREAD * pool.threads())).clamp(1, lone::PANELS);
+    let each = (call.segments.len() * panels / (TASKS_PER_THREAD * pool.threads().max(1))).clamp(1, lone::PANELS);
     let parts = panels.div_ceil(each);
     pool.run(call.segments.len() * parts, &|i| {
         let start = i % parts * each;
