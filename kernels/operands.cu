@@ -142,7 +142,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
             }
             float v[CHUNK], q[CHUNK];
             widen(raw[s], v);
-            divide<K>(v, of, q);
+            divide<K, K::kScale == ScaleKind::kF32>(v, divisor_of(of), q);
             if (has_codes(of)) words[2 * s] = four_codes<K>(q), words[2 * s + 1] = four_codes<K>(q + 4);
         }
         return exchanged(words, lane);

@@ -45,7 +45,7 @@ template <class K>
 __device__ __forceinline__ void store(uint8_t* row, int chunk, const float (&v)[CHUNK], const Scale& scale) {
     constexpr int kBits = K::Elem::kBits;
     float q[CHUNK];
-    divide<K>(v, scale, q);
+    divide<K, false>(v, divisor_of(scale), q);
     uint32_t low = four_codes<K>(q), high = four_codes<K>(q + 4);
     if (!has_codes(scale)) low = high = 0;
     uint8_t* to = row + chunk * kBits;

@@ -63,7 +63,7 @@ template <class K>
 __device__ __forceinline__ uint4 codes_of(const float (&v)[16], const Scale& scale) {
     if (!has_codes(scale)) return make_uint4(0, 0, 0, 0);
     float q[16];
-    divide<K>(v, scale, q);
+    divide<K, false>(v, divisor_of(scale), q);
     uint32_t w[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {

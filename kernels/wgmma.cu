@@ -5,21 +5,26 @@
 #include "wgmma/finish.cuh"
 #include "wgmma/multiply.cuh"
 #include "wgmma/produce.cuh"
+#include "wgmma/requantise.cuh"
 
 namespace moe {
 
-// Registers of a thread after the warpgroups have shared them out.
-constexpr int kProducer = 56, kMath = 224;
+// Registers of a thread after the warpgroups have shared out what a block is launched with, 168 a thread: whatever is asked
+// for beyond that is waited for forever.
+template <int kN>
+constexpr int kMath = kN <= 128 || !kPromoted ? 224 : kBlockScales ? 240 : 232;
+template <int kN>
+constexpr int kProducer = 3 * 168 - 2 * kMath<kN>;
 
 // Widths of products that there is code for: of small tiles and promoted sums all in steps of eight (int8 has none of 40 and
 // 56), else in steps of 16, or 32 where a large tile is small for once.
 template <int kN>
 __device__ constexpr int next_width(int width) {
-    if (kN <= 64 || kPromoted) return width + (kInt8 && width >= 32 ? 16 : 8);
-    return width + (kN > 128 && width < 128 ? 32 : 16);
+    if (kN <= 64) return width + (kInt8 && width >= 32 ? 16 : 8);
+    return width + (kN > 128 && width < (kPromoted ? 64 : 128) ? 32 : 16);
 }
 template <int kN>
-constexpr int kNarrowest = kN <= 64 || kPromoted ? 8 : kN > 128 ? 32 : 16;
+constexpr int kNarrowest = kN <= 64 ? 8 : kN > 128 ? 32 : 16;
 
 // Sums in as few chunks of columns as take all of the tile's tokens, and with the narrowest product from kW on that does;
 // its width.
@@ -28,7 +33,7 @@ __device__ __forceinline__ int sum(Multiply<kN>& multiply, int count, Sums<kN>& 
     constexpr int kWidth = Layout<kN>::kWidth;
     if constexpr (kUsed < Layout<kN>::kChunks) {
         if (count > kUsed * kWidth) {
-            constexpr int kMore = kUsed + 1, kLeast = (kUsed * kWidth / kMore + 8) / 8 * 8;
+            constexpr int kMore = kUsed + 1, kLeast = (kUsed * kWidth / kMore + 16) / 16 * 16;
             return sum<kN, kMore, kLeast>(multiply, count, acc);
         }
     }
@@ -56,7 +61,15 @@ __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<k
         const int width = sum<kN>(multiply, task.count, acc);
         const int facts = place_of<kFacts>(n);
         barrier_wait(memory.facts_full(facts), round_of<kFacts>(n));
-        finish.write(acc, task, width, memory.facts(facts));
+        if constexpr (Layout<kN>::kRequantises) {
+            if (p.out_scales != nullptr) {
+                Requantise<kN>{finish}.write(acc, task, width, memory.facts(facts), n);
+            } else {
+                finish.write(acc, task, width, memory.facts(facts));
+            }
+        } else {
+            finish.write(acc, task, width, memory.facts(facts));
+        }
         // Every lane, as for what is full.
         barrier_arrive(memory.facts_free(facts));
     }
@@ -80,6 +93,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
         }
         for (int i = 0; i < kFacts; i++) {
             barrier_init(memory.facts_full(i), 32), barrier_init(memory.facts_free(i), kMathThreads);
+            barrier_init(memory.largest_full(i), 1);
         }
         barrier_init_done();
     }
@@ -87,7 +101,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     cluster_sync();
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31;
     if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducer));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducer<kN>));
         if (warp == 0) {
             produce<kN, true>(p, memory, lane);
         } else if (warp == 1) {
@@ -98,7 +112,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
             produce<kN, false>(p, memory, lane);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMath));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMath<kN>));
         multiply_all<kN>(p, memory);
     }
     // Nor is a block gone while another still copies or arrives there.

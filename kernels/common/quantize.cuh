@@ -168,26 +168,34 @@ __device__ __forceinline__ float inverse(float x) {
     return __float_as_uint(x) == 0x3fffffffu ? __uint_as_float(0x3f000001u) : y;
 }
 
-// The quotients of a group's values and its scale, with the bits of a division wherever they could decide on a code. A
-// scale without codes gives anything.
-template <class K, int kCount>
-__device__ __forceinline__ void divide(const float (&x)[kCount], const Scale& scale, float (&q)[kCount]) {
-    // What a scale from 1 to 2 is to the scale: exact, and a subnormal at the upper end. A value that it takes out of the
-    // normal numbers is far below the smallest code.
+// What divides by a scale: a power of two that takes it to between 1 and 2 (exact, and a subnormal at the upper end; a value
+// that it takes out of the normal numbers is far below the smallest code), the scale there, and the inverse of that. Of a
+// scale without codes they are anything.
+struct Divisor {
+    float power, scale, inverse;
+};
+__device__ __forceinline__ Divisor divisor_of(const Scale& scale) {
     const uint32_t exponent = magnitude(scale.value) >> 23;
     const float power = __uint_as_float(exponent >= 254 ? 1u << 22 : (254 - exponent) << 23);
-    if constexpr (K::kScale == ScaleKind::kE8m0) {
+    const float reduced = __fmul_rn(scale.value, power);
+    return {power, reduced, copysignf(inverse(fabsf(reduced)), reduced)};
+}
+
+// The quotients of a group's values and its scale, with the bits of a division wherever they could decide on a code. kHalf:
+// the values are 16-bit numbers and the scale is made of the largest of them.
+template <class K, bool kHalf, int kCount>
+__device__ __forceinline__ void divide(const float (&x)[kCount], const Divisor& by, float (&q)[kCount]) {
+    static_assert(!kHalf || (K::kScale == ScaleKind::kF32 && !K::kSecond), "");
 #pragma unroll
-        for (int i = 0; i < kCount; i++) q[i] = __fmul_rn(x[i], power);
-    } else {
-        const float divisor = __fmul_rn(scale.value, power), factor = copysignf(inverse(fabsf(divisor)), divisor);
-#pragma unroll
-        for (int i = 0; i < kCount; i++) {
+    for (int i = 0; i < kCount; i++) {
+        q[i] = __fmul_rn(x[i], by.power);
+        if constexpr (K::kScale != ScaleKind::kE8m0) {
             // Markstein's theorem: from a rounded inverse and a quotient within a unit of the last place, which the first
-            // correction makes it, the second gives the rounded quotient.
-            const float y = __fmul_rn(x[i], power), guess = __fmul_rn(y, factor);
-            const float near = __fmaf_rn(__fmaf_rn(-guess, divisor, y), factor, guess);
-            q[i] = __fmaf_rn(__fmaf_rn(-near, divisor, y), factor, near);
+            // correction makes it, the second gives the rounded quotient. Of numbers with few digits the first one does:
+            // src/cuda/quantize.rs tries all of them.
+            const float y = q[i], guess = __fmul_rn(y, by.inverse);
+            const float near = __fmaf_rn(__fmaf_rn(-guess, by.scale, y), by.inverse, guess);
+            q[i] = kHalf ? near : __fmaf_rn(__fmaf_rn(-near, by.scale, y), by.inverse, near);
             // Where the scale is not from the values themselves they can be far beyond it: no remainder, and no need.
             if constexpr (K::kStored) q[i] = fabsf(guess) < 8192.f ? q[i] : guess;
         }

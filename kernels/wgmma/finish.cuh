@@ -56,22 +56,38 @@ struct Finish {
         return __fdividef(g, 1.f + __expf(-g)) * clamp(u, limit);
     }
 
+    // Two neighbouring tokens' sums of a row times what belongs to them, and its bias.
+    struct Two {
+        float first, second;
+    };
+    static __device__ __forceinline__ Two scaled(const Sum* sums, float row, float bias, const Two& columns) {
+        return {fmaf(static_cast<float>(sums[0]) * row, columns.first, bias),
+                fmaf(static_cast<float>(sums[1]) * row, columns.second, bias)};
+    }
+    // Gate, up and activation of two neighbouring tokens, whose facts begin at `column`, from a thread's four sums.
+    __device__ __forceinline__ uint32_t joined(const Sum* sums, const Rows& rows, uint32_t column) const {
+        const Two columns = {read_float(column), read_float(column + 8)};
+        const Two gates = scaled(sums, rows.low, rows.low_bias, columns);
+        const Two ups = scaled(sums + 2, rows.high, rows.high_bias, columns);
+        return pair(silu(gates.first, ups.first), silu(gates.second, ups.second));
+    }
+
     // A piece's sums to results in shared memory: [token][16 of each warp], or eight where gates and ups are joined.
     template <bool kJoined>
     __device__ __forceinline__ void stage(const Chunk& acc, int nth, const Rows& rows, uint32_t columns, uint32_t to) const {
         uint32_t out[2][4];  // rows g, rows g + 8; of four eights of tokens
 #pragma unroll
         for (int i = 0; i < kPiece / 8; i++) {
-            const int at = min(kPiece / 8 * nth + i, L::kWidth / 8 - 1);
-            const Sum* sums = acc + 4 * at;
+            const Sum* sums = acc + 4 * min(kPiece / 8 * nth + i, L::kWidth / 8 - 1);
             const uint32_t column = columns + 8 * (8 * i + 2 * (lane & 3));
-            const float f0 = read_float(column), f1 = read_float(column + 8);
-            const float g0 = fmaf(static_cast<float>(sums[0]) * rows.low, f0, rows.low_bias);
-            const float g1 = fmaf(static_cast<float>(sums[1]) * rows.low, f1, rows.low_bias);
-            const float u0 = fmaf(static_cast<float>(sums[2]) * rows.high, f0, rows.high_bias);
-            const float u1 = fmaf(static_cast<float>(sums[3]) * rows.high, f1, rows.high_bias);
-            out[0][i] = kJoined ? pair(silu(g0, u0), silu(g1, u1)) : pair(g0, g1);
-            out[1][i] = kJoined ? 0 : pair(u0, u1);
+            if constexpr (kJoined) {
+                out[0][i] = joined(sums, rows, column), out[1][i] = 0;
+            } else {
+                const Two both = {read_float(column), read_float(column + 8)};
+                const Two low = scaled(sums, rows.low, rows.low_bias, both);
+                const Two high = scaled(sums + 2, rows.high, rows.high_bias, both);
+                out[0][i] = pair(low.first, low.second), out[1][i] = pair(high.first, high.second);
+            }
             if (!rows.inside) out[0][i] = out[1][i] = 0;
         }
         if (kJoined) {

@@ -148,33 +148,38 @@ struct Multiply {
         }
     }
 
-    // Adds a stage's sums, of one chunk of columns, to all stages' in float32.
-    template <int kW, int kLength>
-    __device__ __forceinline__ void promote(float (&all)[L::kWidth / 2], const Sum (&part)[kLength], int at, int stage,
-                                            int chunk) const {
-        if constexpr (kBlockScales) {
-            const int blocks = min(kBlocks, p.weights.blocks - kBlocks * stage);
-            const uint32_t rows = memory.weights(at, slab, stage) + blocks * kCodeBytes + lane / 4 * 8;
-            const float low = read_float(rows), high = read_float(rows + 4);
-            const uint32_t columns = memory.scales(at, stage) + 4 * (chunk * kW + 2 * (lane & 3));
-#pragma unroll
-            for (int j = 0; j < kW / 8; j++) {
-                const uint2 s = read_shared<uint2>(columns + 32 * j);
-                const float s0 = __uint_as_float(s.x), s1 = __uint_as_float(s.y);
-                all[4 * j] = fmaf(part[4 * j] * low, s0, all[4 * j]);
-                all[4 * j + 1] = fmaf(part[4 * j + 1] * low, s1, all[4 * j + 1]);
-                all[4 * j + 2] = fmaf(part[4 * j + 2] * high, s0, all[4 * j + 2]);
-                all[4 * j + 3] = fmaf(part[4 * j + 3] * high, s1, all[4 * j + 3]);
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < kW / 2; i++) all[i] += part[i];
-        }
+    // Scales of a slab's stage at `at`, of the thread's two rows.
+    struct Pair {
+        float low, high;
+    };
+    __device__ __forceinline__ Pair row_scales(uint32_t at, int stage) const {
+        const int blocks = min(kBlocks, p.weights.blocks - kBlocks * stage);
+        const uint2 v = read_shared<uint2>(at + blocks * kCodeBytes + lane / 4 * 8);
+        return {__uint_as_float(v.x), __uint_as_float(v.y)};
     }
 
-    // Sums a stage and a chunk of columns at a time, and adds those up while the other warpgroups' products run.
+    // Tokens' scales of a stage and a chunk of columns, of the thread's columns.
+    template <int kW>
+    using Columns = uint2[kBlockScales ? kW / 8 : 1];
+    template <int kW>
+    __device__ __forceinline__ void column_scales(Columns<kW>& columns, int at, int stage, int chunk) const {
+        const uint32_t from = memory.scales(at, stage) + 4 * (chunk * kW + 2 * (lane & 3));
+#pragma unroll
+        for (int j = 0; j < kW / 8; j++) columns[j] = read_shared<uint2>(from + 32 * j);
+    }
+
+    // Adds a stage's sums, of eight columns, to all stages' in float32.
+    static __device__ __forceinline__ void add_scaled(float* all, const Sum* part, const Pair& rows, uint2 columns) {
+        const float s0 = __uint_as_float(columns.x), s1 = __uint_as_float(columns.y);
+        all[0] = fmaf(part[0] * rows.low, s0, all[0]), all[1] = fmaf(part[1] * rows.low, s1, all[1]);
+        all[2] = fmaf(part[2] * rows.high, s0, all[2]), all[3] = fmaf(part[3] * rows.high, s1, all[3]);
+    }
+
+    // Sums a stage and a chunk of columns at a time, and adds those up while the other warpgroup's products run.
     template <int kW, int kUsed>
     __device__ __forceinline__ void promoted(Sums<kN>& acc) {
+        // Scales are read while products run. Wider products are slower for the registers that this takes.
+        constexpr bool kAhead = kN <= 64;
         const int stages = stages_of(p);
         Operands a;
         clear<kW, kUsed>(acc);
@@ -184,6 +189,7 @@ struct Multiply {
             const int at = uniform(place.at);
             const uint64_t columns = columns_at(memory.tokens(at, stage));
             if (ends(stage)) place.next(memory.depth);
+            Pair rows = {};
 #pragma unroll
             for (int c = 0; c < kUsed; c++) {
                 Sum part[kW / 2];
@@ -193,9 +199,21 @@ struct Multiply {
                     Product<kW>::run(part, a[k], columns + 2 * k + c * (kW * kRowBytes / 16), k > 0);
                 }
                 products_commit();
+                Columns<kW> scales;
+                if (kBlockScales && c == 0) rows = row_scales(memory.weights(at, slab, stage), stage);
+                if (kBlockScales && kAhead) column_scales<kW>(scales, at, stage, c);
                 products_wait<0>();
                 if (c == kUsed - 1 && stage + 1 < stages) fetch(a, stage + 1);
-                promote<kW>(acc[c], part, at, stage, c);
+                if (kBlockScales && !kAhead) column_scales<kW>(scales, at, stage, c);
+#pragma unroll
+                for (int j = 0; j < kW / 8; j++) {
+                    if constexpr (kBlockScales) {
+                        add_scaled(acc[c] + 4 * j, part + 4 * j, rows, scales[j]);
+                    } else {
+#pragma unroll
+                        for (int i = 4 * j; i < 4 * j + 4; i++) acc[c][i] += part[i];
+                    }
+                }
             }
             release(at, stage);
         }

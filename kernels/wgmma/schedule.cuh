@@ -111,7 +111,8 @@ struct RowFacts {
 // By a warp: of every task, whose loads are under way together.
 template <int kN>
 __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>& memory, int lane) {
-    constexpr int kAtOnce = kN < 128 ? kN : 128;
+    // Where sums take most registers, few are left here.
+    constexpr int kAtOnce = kBlockScales && kN > 128 ? 32 : kN < 128 ? kN : 128;
     wait_for_previous_grid();
     release_next_grid();
     for (int n = 0;; n++) {

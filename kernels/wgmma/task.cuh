@@ -27,9 +27,10 @@ struct GemmParams {
     float scale;  // of all rows
     Activation activation;
     int unused;
+    float* out_scales;  // of the first kind: the result is planes of codes, and these their scales, [planes][count]; or null
 };
 // src/cuda/wgmma.rs has the same.
-static_assert(sizeof(GemmParams) == 144, "");
+static_assert(sizeof(GemmParams) == 152, "");
 
 // A block's rows are four slabs of 16 for each warpgroup that multiplies; the blocks of a cluster have neighbouring rows
 // and the same tokens, which are read once for all of them.
@@ -48,13 +49,17 @@ constexpr int kTasks = 4, kFacts = 2;
 template <int kN>
 struct Layout {
     // Columns of a product: of promoted sums, what there are registers for twice.
-    static constexpr int kWidth = kPromoted && kN > 64 ? 64 : kN, kChunks = kN / kWidth;
+    static constexpr int kWidth = kPromoted && kN > 128 ? 128 : kN, kChunks = kN / kWidth;
     // Stages of a place. A few tokens' products take no longer than it takes to send for copies, so that there large
     // ones are to be few.
     static constexpr int kSpan = kN <= 64 ? 2 : 1;
-    static constexpr int kTokens = kSpan * kN * kRowBytes, kWeights = kSpan * kSlabs * kSlabStage, kScales = kBlockScales ? kSpan * 4 * kN : 0;
+    static constexpr int kTokens = kSpan * kN * kRowBytes, kWeights = kSpan * kSlabs * kSlabStage;
+    static constexpr int kScales = kBlockScales ? kSpan * 4 * kN : 0;
     static constexpr int kStaged = 2 * kPiece * 128;  // of a warpgroup
     static constexpr int kFactBytes = 8 * (kN + kRows);
+    // Where the result is quantised: largest magnitudes, as 16 bits, of every warpgroup of the cluster.
+    static constexpr bool kRequantises = kBlockScales && kN <= 64;
+    static constexpr int kLargest = kRequantises ? 2 * kN * kMathGroups * kCluster : 0;
     int depth;
 
     __device__ __forceinline__ uint32_t base() const {
@@ -76,13 +81,15 @@ struct Layout {
     __device__ __forceinline__ uint32_t facts(int place) const {
         return after() + kMathGroups * kStaged + place * kFactBytes;
     }
-    __device__ __forceinline__ uint32_t task(int place) const { return facts(kFacts) + 16 * place; }
+    __device__ __forceinline__ uint32_t largest(int place) const { return facts(kFacts) + place * kLargest; }
+    __device__ __forceinline__ uint32_t task(int place) const { return largest(kFacts) + 16 * place; }
     __device__ __forceinline__ uint32_t full(int place) const { return task(kTasks) + 8 * place; }
     __device__ __forceinline__ uint32_t free(int place) const { return full(kMaxDepth + place); }
     __device__ __forceinline__ uint32_t task_full(int place) const { return free(kMaxDepth + place); }
     __device__ __forceinline__ uint32_t task_free(int place) const { return task_full(kTasks + place); }
     __device__ __forceinline__ uint32_t facts_full(int place) const { return task_free(kTasks + place); }
     __device__ __forceinline__ uint32_t facts_free(int place) const { return facts_full(kFacts + place); }
+    __device__ __forceinline__ uint32_t largest_full(int place) const { return facts_free(kFacts + place); }
 };
 
 // A place of a ring, and which time round.

@@ -13,7 +13,8 @@ use super::pack::{Codes, PackedExperts};
 use super::projection::{Matrix, Projection};
 use super::{CudaError, Stream};
 use crate::config::{ActivationFormat, MoeConfig};
-use plan::{Limits, Plan, Shape, Sizes, TOKENS};
+pub(super) use plan::TOKENS;
+use plan::{Limits, Plan, Shape, Sizes};
 
 /// The kernels' limits: of (token, slot) pairs at once, of slots of a lone token, and of experts.
 const MAX_ITEMS: usize = 128;

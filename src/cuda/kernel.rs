@@ -150,10 +150,10 @@ impl CudaKernel {
                 };
                 let mut families = Families::of(config);
                 if !config.batch_invariant {
-                    if config.format == ActivationFormat::Standard {
-                        families.decode_up_to = decode.pays_up_to();
-                    }
                     families.wgmma_from = wgmma.as_ref().map_or(usize::MAX, Wgmma::pays_from);
+                    if config.format == ActivationFormat::Standard {
+                        families.decode_up_to = decode.pays_up_to().min(families.wgmma_from - 1);
+                    }
                 }
                 Experts::Mma(mma, decode, wgmma, families)
             }

@@ -322,4 +322,24 @@ mod tests {
         let second = Tensors { scales: bytes(1 << 12, 21), second: floats(3), ..all };
         assert!(ask(NVFP4_DYNAMIC_TOKEN, second, 3).is_ok());
     }
+
+    /// kernels/common/quantize.cuh divides 16-bit numbers by scales made of such with one correction of the quotient: that
+    /// has the bits of a division for every pair of mantissas (exponents only move them).
+    #[test]
+    fn one_correction_divides_by_a_scale_of_16_bit_numbers() {
+        for (bits, largest) in [(8, 448.0f32), (11, 448.0), (8, 127.0), (11, 127.0)] {
+            let mantissas = || (1 << (bits - 1)..1 << bits).map(|m| m as f32);
+            for top in mantissas() {
+                let scale = top / largest;
+                let power = 2f32.powi(-(scale.log2().floor() as i32));
+                let (scale, inverse) = (scale * power, (scale * power).recip());
+                assert!((1.0..2.0).contains(&scale));
+                for x in mantissas() {
+                    let guess = x * inverse;
+                    let near = (-guess).mul_add(scale, x).mul_add(inverse, guess);
+                    assert_eq!(near, x / scale, "{x} {top} {largest}");
+                }
+            }
+        }
+    }
 }

@@ -55,10 +55,11 @@ struct GemmParams {
     scale: f32,
     activation: Activation,
     unused: i32,
+    out_scales: u64,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 144);
+const _: () = assert!(size_of::<GemmParams>() == 152);
 
 /// `Kind` in kernels/wgmma/task.cuh.
 const FIRST: i32 = 0;
@@ -144,12 +145,16 @@ pub(super) struct Wgmma {
     permute: Permute,
     matrices: [Matrix; 2],
     inputs: [Input; 2],
+    /// Whether the first projection's smallest tile makes the second one's operands, without a kernel in between.
+    requantises: bool,
     stored: Option<StoredScales>,
     /// What undoes the packed factors' power of two.
     unlift: f32,
     /// Columns of the activation's result.
     middle: usize,
     blocks: u32,
+    kind: Kind,
+    bytes_per_expert: usize,
     /// From how many tokens (or slots of an expert) on each of `TILES` is taken.
     tiles_from: [usize; TILES.len()],
     config: MoeConfig,
@@ -233,18 +238,21 @@ impl Wgmma {
             permute: Permute::new(gpu, config)?,
             matrices,
             inputs: [input(packed.hidden, 0)?, input(packed.middle, 1)?],
+            requantises: plan::requantises(kind, activation, config.activation),
             stored,
             unlift: 1.0 / format.lift(),
             middle: packed.middle,
             blocks: (clusters * CLUSTER) as u32,
+            kind,
+            bytes_per_expert: packed.bytes_per_expert,
             config: *config,
             tile: None,
         }))
     }
 
-    /// From how many tokens on, or slots of an expert, these kernels are faster than `cuda_mma`'s.
+    /// From how many tokens on, or slots of an expert, these kernels are faster than all others.
     pub fn pays_from(&self) -> usize {
-        cost::pays_from(&self.config)
+        cost::pays_from(&self.config, self.kind, self.bytes_per_expert)
     }
 
     /// Tokens that go through one pass.
@@ -347,6 +355,7 @@ impl Wgmma {
         let present = if matches!(call.source, Source::Counts { .. }) { places } else { 0 };
         let [first, down] = &self.inputs;
         let quantised = first.quantizer.is_some();
+        let requantises = self.requantises && tile == plan::REQUANTISING_TILE;
         let common = GemmParams {
             rows,
             tiles: list,
@@ -359,19 +368,19 @@ impl Wgmma {
         let gate_up = GemmParams {
             weights: self.matrices[0],
             routing: call.routing,
-            out: middle,
+            out: if quantised && !requantises { middle } else { second },
             out_columns: if quantised { self.middle } else { down.planes * ROW_BYTES / 2 } as i32,
             kind: FIRST,
             planes: i32::from(!quantised),
+            out_scales: if requantises { down.scales_at(second, count) } else { 0 },
             ..self.with_input(common, first, x)
         };
-        let of_second = if quantised { second } else { middle };
         let down_params = GemmParams {
             weights: self.matrices[1],
             out: call.out,
             out_columns: c.hidden as i32,
             kind: SECOND,
-            ..self.with_input(common, down, of_second)
+            ..self.with_input(common, down, second)
         };
         let (stored, scales) = match &self.stored {
             Some(StoredScales::ByExpert(stored)) => (stored.address(), [gate_up.scales, down_params.scales]),
@@ -388,7 +397,7 @@ impl Wgmma {
                 Some(q) => q.run(stream, call.hidden, x, gate_up.scales, to, call.sources)?,
             }
             self.gemm(stream, kernel, ring, gate_up)?;
-            if let Some(q) = &down.quantizer {
+            if let Some(q) = down.quantizer.as_ref().filter(|_| !requantises) {
                 let to = OrderedPlanes { present: rows, ..down.to(count) };
                 q.run(stream, middle, second, down_params.scales, to, count)?;
             }
@@ -433,9 +442,9 @@ struct Parts {
     places: usize,
     /// The tokens as operands.
     x: usize,
-    /// The activation's results, as operands of the second projection where nothing is quantised.
+    /// The activation's results, where they are to be quantised yet.
     middle: usize,
-    /// Those operands, quantised.
+    /// The second projection's operands.
     second: usize,
     /// The experts' results, in the place of what the second projection does not read.
     results: usize,
@@ -463,13 +472,8 @@ impl Parts {
         let x = aligned(places + assignments * 4);
         let scratch = if batched { 0 } else { scratch_bytes(assignments, c.local_experts) };
         let after_x = aligned(x + first.bytes(count)?.max(scratch));
-        Some(if quantised {
-            let after_middle = aligned(after_x + count.checked_mul(wgmma.middle * 2)?);
-            let second = after_middle.max(aligned(x + results));
-            Self { rows, places, x, middle: after_x, second, results: x, all: second + down.bytes(count)? }
-        } else {
-            let middle = after_x.max(aligned(x + results));
-            Self { rows, places, x, middle, second: middle, results: x, all: middle + down.bytes(count)? }
-        })
+        let between = if quantised { count.checked_mul(wgmma.middle * 2)? } else { 0 };
+        let second = aligned(after_x + between).max(aligned(x + results));
+        Some(Self { rows, places, x, middle: after_x, second, results: x, all: second + down.bytes(count)? })
     }
 }

@@ -21,6 +21,12 @@ const RESULT_US: f64 = 0.0026;
 const ELEMENT_US: f64 = 0.94e-6;
 /// As kGranularity in kernels/permute.cu: tokens that a tile's size is a multiple of.
 const GRANULARITY: usize = 16;
+/// Bytes of weights that several tokens must be expected to read.
+fn much(kind: Kind) -> f64 {
+    if kind == Kind::Half { 300e6 } else { 600e6 }
+}
+/// Tokens of a call of `cuda_decode`.
+const DECODE_TOKENS: usize = super::super::decode::TOKENS;
 /// Tokens of an expert from which on the largest tile is taken unasked.
 const MANY: f64 = 4.0 * TILES[TILES.len() - 1] as f64;
 
@@ -46,10 +52,24 @@ impl Kind {
     }
 }
 
-/// From how many tokens of a call (or slots of an expert) on these kernels are faster than `cuda_mma`'s: half a token of an
-/// expert, or one slot. A rule: the model knows nothing of the others.
-pub fn pays_from(c: &MoeConfig) -> usize {
-    if c.format == ActivationFormat::Batched { 1 } else { c.experts.div_ceil(2 * c.topk) }
+/// From how many tokens of a call (or slots of an expert) on these kernels are faster than all others: a rule, for the model
+/// knows nothing of those. Against `cuda_mma` it is half a token of an expert, or one slot. `cuda_decode` has less to do
+/// before it reads weights, but reads those of several tokens slower: it loses where it takes more than one call, or from
+/// so many bytes on ([`much`]).
+pub fn pays_from(c: &MoeConfig, kind: Kind, bytes_per_expert: usize) -> usize {
+    if c.format == ActivationFormat::Batched {
+        return 1;
+    }
+    let half = c.experts.div_ceil(2 * c.topk).max(DECODE_TOKENS + 1);
+    // How many tokens choose so large a part of the experts.
+    let part = much(kind) / (c.local_experts * bytes_per_expert) as f64;
+    let chance = c.topk as f64 / c.experts as f64;
+    if part >= 1.0 {
+        return half;
+    }
+    // With a chance of one that is zero.
+    let much = ((1.0 - part).ln() / (1.0 - chance).ln()).ceil() as usize;
+    half.min(much.max(2))
 }
 
 /// A projection, as clusters share it.
@@ -246,10 +266,32 @@ mod tests {
     }
 
     #[test]
-    fn from_so_many_tokens_of_an_expert_these_kernels_pay() {
+    fn these_kernels_pay_where_they_were_faster() {
+        // Measured, us, both families: where the quotient is beyond 5 %, the rule has to agree.
+        let layers = [
+            (128, 8, 2048, 768, 1, [(4, 43.2, 50.0), (8, 73.0, 74.3), (9, 89.5, 81.1)].as_slice()),
+            (128, 8, 2048, 768, 2, &[(4, 73.9, 74.9), (8, 128.3, 119.8), (9, 153.3, 132.8)]),
+            (128, 4, 2880, 2880, 1, &[(2, 59.2, 69.8), (4, 106.9, 116.6), (8, 193.6, 201.5), (9, 224.0, 216.6)]),
+            (256, 8, 7168, 256, 1, &[(4, 52.6, 62.8), (8, 100.0, 97.6), (9, 117.0, 109.5)]),
+            (256, 8, 7168, 256, 2, &[(4, 92.1, 89.8), (8, 162.8, 153.8), (9, 188.6, 173.7)]),
+            (8, 2, 4096, 14336, 1, &[(1, 92.4, 103.4), (2, 183.5, 164.2), (3, 188.3, 180.2), (6, 289.9, 280.0)]),
+            (8, 2, 4096, 14336, 2, &[(1, 173.4, 174.7), (2, 308.9, 299.1), (3, 353.2, 324.6), (7, 578.6, 564.5)]),
+        ];
+        for (experts, topk, hidden, intermediate, bytes, measured) in layers {
+            let kind = if bytes == 2 { Kind::Half } else { Kind::Fp8Block };
+            let config = MoeConfig::new(experts, topk, hidden, intermediate);
+            let from = pays_from(&config, kind, 3 * hidden * intermediate * bytes);
+            for &(tokens, decode, wgmma) in measured {
+                let quotient: f64 = wgmma / decode;
+                assert!((0.95..1.05).contains(&quotient) || (tokens >= from) == (quotient < 1.0), "{tokens}: {from}");
+            }
+        }
         let c = MoeConfig::new(128, 8, 2048, 768);
         let batched = MoeConfig { format: ActivationFormat::Batched, ..c };
-        assert_eq!((pays_from(&c), pays_from(&batched)), (8, 1));
+        let of = |c: &MoeConfig, bytes| pays_from(c, Kind::Fp8, bytes);
+        assert_eq!((of(&batched, 1 << 20), of(&c, 1), of(&c, 1 << 40)), (1, 9, 2));
+        assert_eq!(of(&MoeConfig::new(4, 4, 64, 64), 1 << 40), 2);
+        assert_eq!(of(&MoeConfig { local_experts: 16, ..c }, 5 << 20), 9);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Which kernels serve a layer, and the ring that the GPU has room for. Pure functions.
 
+use crate::config::Activation;
 use crate::cuda::pack::{Codes, Format, StageScales};
 use crate::cuda::permute::ROW_BYTES;
 use crate::scheme::*;
@@ -68,6 +69,15 @@ const PIECE: usize = 32;
 const TASKS: usize = 4;
 const FACTS: usize = 2;
 
+/// The tile whose kernel quantises what it makes. That costs every task the wait for the other block of its cluster, more
+/// than a kernel in between where results are many.
+pub const REQUANTISING_TILE: usize = TILES[0];
+
+/// Whether that kernel does so for a layer: there is one key that it quantises to.
+pub fn requantises(kind: Kind, key: Option<QuantKey>, activation: Activation) -> bool {
+    kind == Kind::Fp8Block && key == Some(FP8_DYNAMIC_128_SYM) && matches!(activation, Activation::Silu { .. })
+}
+
 /// Stages of 128 bytes of a row that a place of the ring holds.
 fn span(tile: usize) -> usize {
     if tile <= 64 { 2 } else { 1 }
@@ -89,7 +99,10 @@ impl Ring {
         let place = span(tile) * (tile * ROW_BYTES + SLABS * slab + scales);
         let staged = MATH_GROUPS * 2 * PIECE * 128;
         let facts = FACTS * 8 * (tile + 16 * SLABS);
-        let rest = staged + facts + 16 * TASKS + 8 * (2 * MAX_DEPTH + 2 * TASKS + 2 * FACTS);
+        // Of a task's tokens, from every warpgroup of the cluster.
+        let quantises = kind == Kind::Fp8Block && tile == REQUANTISING_TILE;
+        let largest = if quantises { FACTS * 2 * tile * MATH_GROUPS * CLUSTER } else { 0 };
+        let rest = staged + facts + largest + 16 * TASKS + 8 * (2 * MAX_DEPTH + 2 * TASKS + 3 * FACTS);
         let depth = (shared.checked_sub(rest)? / place).min(MAX_DEPTH);
         (depth >= 3).then_some(Self { depth, shared: rest + depth * place })
     }
@@ -142,6 +155,16 @@ mod tests {
     }
 
     #[test]
+    fn warpgroups_share_out_the_registers_that_a_block_is_launched_with() {
+        let source = include_str!("../../../kernels/wgmma.cu");
+        let registers = 65536 / THREADS as u32 / 8 * 8;
+        assert!(source.contains(&format!("kProducer = 3 * {registers} - 2 * kMath<kN>;")), "{registers}");
+        for f in crate::cuda::FATBINS.iter().filter(|f| f.name.starts_with("wgmma_")) {
+            assert!(f.resources.iter().all(|r| r.registers == registers), "{:?}", f.resources);
+        }
+    }
+
+    #[test]
     fn every_tile_has_a_ring_on_hopper() {
         for kind in KINDS {
             for tile in TILES {
@@ -167,6 +190,8 @@ mod tests {
             "kTasks = 4, kFacts = 2;",
             "kStaged = 2 * kPiece * 128;",
             "kFactBytes = 8 * (kN + kRows);",
+            "kRequantises = kBlockScales && kN <= 64;",
+            "kLargest = kRequantises ? 2 * kN * kMathGroups * kCluster : 0;",
             "kSpan = kN <= 64 ? 2 : 1;",
         ] {
             assert!(task.contains(text), "{text}");

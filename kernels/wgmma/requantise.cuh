@@ -1,0 +1,165 @@
+// From sums to operands of the second projection at once, where those have a scale to each token and 128 columns: that is
+// what the gates and ups of a cluster's task make of a token. Results are rounded to 16 bits first, as if they had been
+// written and quantised by a kernel of their own (kernels/operands.cu), with the same bits.
+//
+// A warpgroup's largest magnitudes go to both blocks, which then know those of all 128 columns.
+#pragma once
+#include "common/chunk.cuh"
+#include "finish.cuh"
+
+namespace moe {
+
+template <int kN>
+struct Requantise {
+    using L = Layout<kN>;
+    using K = Key<E4m3, ScaleKind::kF32, 128>;
+    static constexpr int kEights = L::kWidth / 8, kPieceEights = kPiece / 8;
+    // A thread holds results of one column, two tokens to a register; after an exchange a part of all lanes' largest.
+    static constexpr int kHeld = kN / 8, kEach = kHeld / 8;
+    static constexpr int kPairs = kN / 2;
+    static_assert(kRows * kCluster == 256 && kPairs <= kWarpgroup && kPiece * 4 == kWarpgroup, "");
+    // Of a warpgroup's room: results of two pieces on their way out, a divisor for each token, the largest magnitudes of
+    // its warps.
+    static constexpr int kHalfRoom = kPiece * 64, kDivisors = 2 * kHalfRoom, kTops = kDivisors + 16 * kN;
+    static_assert(kTops + 4 * 4 * kPairs <= L::kStaged, "");
+
+    const Finish<kN>& finish;
+
+    __device__ __forceinline__ uint32_t room() const { return finish.memory.staged(finish.warpgroup); }
+    __device__ __forceinline__ int thread() const { return 32 * finish.warp + finish.lane; }
+    static __device__ __forceinline__ uint32_t staged_at(uint32_t base, int token, int chunk) {
+        return base + token * 64 + ((chunk ^ (token / 2 & 3)) << 4);
+    }
+
+    // Results, rounded.
+    __device__ __forceinline__ void activate(const Sums<kN>& acc, const Task& task, int width, uint32_t facts,
+                                             uint32_t (&held)[kHeld]) const {
+        const auto rows = finish.rows_of(task, facts);
+#pragma unroll
+        for (int c = 0; c < L::kChunks; c++) {
+            const uint32_t columns = facts + 8 * (c * width + 2 * (finish.lane & 3));
+#pragma unroll
+            for (int j = 0; j < kEights; j++) {
+                uint32_t& to = held[kEights * c + j];
+                to = 0;
+                if (j / kPieceEights * kPiece < min(width, task.count - c * width) && rows.inside) {
+                    to = finish.joined(&acc[c][4 * j], rows, columns + 64 * j);
+                }
+            }
+        }
+    }
+
+    // The larger ones of two lanes, each of which goes on with a half of them.
+    template <int kHalf>
+    __device__ __forceinline__ void fold(uint32_t (&top)[kHeld], int step) const {
+        const bool upper = finish.lane & step;
+#pragma unroll
+        for (int i = 0; i < kHalf; i++) {
+            const uint32_t theirs = __shfl_xor_sync(~0u, upper ? top[i] : top[i + kHalf], step);
+            top[i] = __vmaxu2(upper ? top[i + kHalf] : top[i], theirs);
+        }
+    }
+    // The largest magnitudes of a warp's eight columns: lane 4 g + t gets those of the registers from g * kEach on.
+    __device__ __forceinline__ void largest_of(const uint32_t (&held)[kHeld], uint32_t (&top)[kHeld]) const {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) top[i] = held[i] & 0x7fff7fffu;
+        fold<kHeld / 2>(top, 16);
+        fold<kHeld / 4>(top, 8);
+        fold<kHeld / 8>(top, 4);
+    }
+
+    // A warpgroup's, to every block of the cluster.
+    __device__ __forceinline__ void tell(const uint32_t (&top)[kHeld], int nth) const {
+        const uint32_t tops = room() + kTops;
+#pragma unroll
+        for (int i = 0; i < kEach; i++) store_4(tops + 4 * (kEach * thread() + i), top[i]);
+        // Of the task before nobody reads divisors any more, either.
+        warpgroup_barrier(finish.warpgroup);
+        const uint32_t full = finish.memory.largest_full(nth & 1);
+        if (finish.warpgroup == 0 && thread() == 0) barrier_expect(full, 4 * kPairs * kMathGroups * kCluster);
+        if (thread() >= kPairs) return;
+        uint32_t all = 0;
+#pragma unroll
+        for (int w = 0; w < 4; w++) all = __vmaxu2(all, read_shared<uint32_t>(tops + 4 * (w * kPairs + thread())));
+        const int from = blockIdx.x % kCluster * kMathGroups + finish.warpgroup;
+        const uint32_t to = finish.memory.largest(nth & 1) + 4 * (from * kPairs + thread());
+#pragma unroll
+        for (int b = 0; b < kCluster; b++) store_4_remote(to, all, full, b);
+    }
+
+    // Tokens' scales, from all of theirs.
+    __device__ __forceinline__ void find_scales(const Task& task, int width, int nth) const {
+        barrier_wait(finish.memory.largest_full(nth & 1), nth / 2 & 1);
+        const int pair = thread(), group = pair / kEach / 4, held = group * kEach + pair % kEach;
+        const int column = held % kEights * 8, token = held / kEights * width + column + pair / kEach % 4 * 2;
+        if (pair < kPairs && column < width && token < task.count) {
+            uint32_t top = 0;
+#pragma unroll
+            for (int i = 0; i < kMathGroups * kCluster; i++) {
+                top = __vmaxu2(top, read_shared<uint32_t>(finish.memory.largest(nth & 1) + 4 * (i * kPairs + pair)));
+            }
+            float* scales = finish.p.out_scales + static_cast<long long>(task.row_tile / kCluster) * finish.p.count;
+            const bool writes = finish.warpgroup == 0 && blockIdx.x % kCluster == 0;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const Scale scale = group_scale<K>(one<C::T>(i == 0 ? top & 0xffffu : top >> 16), 1.f);
+                const Divisor by = divisor_of(scale);
+                const uint32_t inverse = has_codes(scale) ? __float_as_uint(by.inverse) : 0;
+                store_16(room() + kDivisors + 16 * (token + i),
+                         make_uint4(__float_as_uint(by.power), __float_as_uint(by.scale), inverse, 0));
+                if (writes && token + i < task.count) scales[task.start + token + i] = scale.value;
+            }
+        }
+        warpgroup_barrier(finish.warpgroup);
+    }
+
+    // A piece's results to codes.
+    __device__ __forceinline__ void write_piece(const uint32_t (&held)[4], int nth, const Task& task, int first,
+                                                int count) const {
+        const uint32_t half = room() + (nth & 1) * kHalfRoom;
+        store_turned(staged_at(half, finish.lane, finish.warp), held);
+        warpgroup_barrier(finish.warpgroup);
+        // Of a token, eight of the warpgroup's 32 columns.
+        const int token = thread() / 4, eight = thread() % 4;
+        const uint4 divisor = read_shared<uint4>(room() + kDivisors + 16 * (first + token));
+        const uint4 raw = read_shared<uint4>(staged_at(half, token, eight));
+        float v[CHUNK], q[CHUNK];
+        widen(Raw<C::T>{raw.x, raw.y, raw.z, raw.w}, v);
+        divide<K, true>(v, {__uint_as_float(divisor.x), __uint_as_float(divisor.y), __uint_as_float(divisor.z)}, q);
+        uint32_t low = four_codes<K>(q), high = four_codes<K>(q + 4);
+        if (divisor.z == 0) low = high = 0;
+        // Four lanes' first words are one chunk of the row, their second words the next one: neighbours write half of either.
+        const bool second = eight & 1;
+        const uint32_t theirs = __shfl_xor_sync(~0u, second ? low : high, 1);
+        if (token >= count) return;
+        const int place = blockIdx.x % kCluster * kMathGroups + finish.warpgroup;
+        const int chunk = 8 * (task.row_tile / kCluster) + 2 * place + second;
+        uint4* to = static_cast<uint4*>(finish.p.out) + ordered_place(chunk, task.start + first + token, finish.p.count);
+        reinterpret_cast<uint2*>(to)[eight / 2] = second ? make_uint2(theirs, high) : make_uint2(low, theirs);
+    }
+
+    // The block's `nth` task.
+    __device__ __forceinline__ void write(const Sums<kN>& acc, const Task& task, int width, uint32_t facts, int nth) const {
+        uint32_t held[kHeld];
+        activate(acc, task, width, facts, held);
+        {
+            uint32_t top[kHeld];
+            largest_of(held, top);
+            tell(top, nth);
+        }
+        find_scales(task, width, nth);
+        int piece = 0;
+#pragma unroll
+        for (int c = 0; c < L::kChunks; c++) {
+            const int count = min(width, task.count - c * width);
+#pragma unroll
+            for (int n = 0; n < kEights / kPieceEights; n++) {
+                const int at = kEights * c + kPieceEights * n, first = kPiece * n;
+                const uint32_t of[4] = {held[at], held[at + 1], held[at + 2], held[at + 3]};
+                if (first < count) write_piece(of, piece++, task, c * width + first, count - first);
+            }
+        }
+    }
+};
+
+}  // namespace moe
