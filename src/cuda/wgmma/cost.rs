@@ -53,23 +53,17 @@ impl Kind {
 }
 
 /// From how many tokens of a call (or slots of an expert) on these kernels are faster than all others: a rule, for the model
-/// knows nothing of those. Against `cuda_mma` it is half a token of an expert, or one slot. `cuda_decode` has less to do
-/// before it reads weights, but reads those of several tokens slower: it loses where it takes more than one call, or from
-/// so many bytes on ([`much`]).
+/// knows nothing of those. `cuda_decode` has less to do before it reads weights, but reads those of several tokens slower: it
+/// loses where it takes more than one call, or from so many bytes on ([`much`]).
 pub fn pays_from(c: &MoeConfig, kind: Kind, bytes_per_expert: usize) -> usize {
     if c.format == ActivationFormat::Batched {
         return 1;
     }
-    let half = c.experts.div_ceil(2 * c.topk).max(DECODE_TOKENS + 1);
-    // How many tokens choose so large a part of the experts.
-    let part = much(kind) / (c.local_experts * bytes_per_expert) as f64;
+    // How many tokens choose so large a part of the experts; with a chance of one that is zero.
+    let part = (much(kind) / (c.local_experts * bytes_per_expert) as f64).min(1.0);
     let chance = c.topk as f64 / c.experts as f64;
-    if part >= 1.0 {
-        return half;
-    }
-    // With a chance of one that is zero.
-    let much = ((1.0 - part).ln() / (1.0 - chance).ln()).ceil() as usize;
-    half.min(much.max(2))
+    let tokens = ((1.0 - part).ln() / (1.0 - chance).ln()).ceil();
+    (tokens as usize).clamp(2, DECODE_TOKENS + 1)
 }
 
 /// A projection, as clusters share it.
