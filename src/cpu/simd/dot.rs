@@ -13,7 +13,7 @@ use super::fixed::{PARTS, WIDE_HEAD};
 use super::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
 use super::int8::{BLOCK, HEAD, bias};
 use super::isa::Isa;
-use super::kernel::{Job, PREFETCH};
+use super::kernel::{FAR, Job, NEAR, PREFETCH};
 
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
@@ -95,7 +95,8 @@ unsafe fn tile<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize>
     let shape = job.shape;
     let step = 4 * F::FOURS;
     // With few tokens so few instructions are left that the processor itself has enough loads under way; asking for more
-    // only takes their places. Otherwise the first tile asks for what comes, for all.
+    // only takes their places. (A lone token has distances of its own.) Otherwise the first tile asks for what comes, for
+    // all.
     let fetch = M > if F::BIASED && P == 1 { 3 } else { 1 } && t == 0 && row == 0;
     let base = job.panel.as_ptr();
     let mut p = base.add(shape.head());
@@ -209,9 +210,11 @@ unsafe fn block<
             I::prefetch(step);
             I::prefetch(step.wrapping_add(64));
         }
-        // For a lone token the processor itself has enough loads under way, but where a panel ends.
-        if M == 1 && !FETCH && four % (2 * F::FOURS) == 0 {
-            I::prefetch_far(p.wrapping_add(PREFETCH + four / F::FOURS * STEP_BYTES));
+        if M == 1 && !FETCH && four % F::FOURS == 0 {
+            let ahead = if F::BIASED { NEAR } else { FAR };
+            let step = p.wrapping_add(ahead + four / F::FOURS * STEP_BYTES);
+            I::prefetch(step);
+            I::prefetch(step.wrapping_add(64));
         }
         some::<I, F, P, M, V, 1>(four, p, x, &mut sums);
         four += 1;

@@ -5,6 +5,7 @@
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
 
 use super::isa::Isa;
+use super::kernel::{FAR, NEAR};
 use super::{Rounding, fixed, int8, pairs, scaled};
 use crate::platform::CpuIsa;
 
@@ -241,6 +242,8 @@ pub(super) trait Format {
     const ZERO: bool;
     /// Activations come in the scaled form.
     const SCALED: bool = false;
+    /// How far ahead a lone token asks for memory.
+    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { FAR };
 
     /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
     ///

@@ -88,8 +88,6 @@ pub(super) trait Isa: Copy {
     fn anew(p: *const u8) -> *const u8;
     /// Asks for a cache line. Any address will do.
     unsafe fn prefetch(p: *const u8);
-    /// The same, to the second-level cache.
-    unsafe fn prefetch_far(p: *const u8);
 }
 
 /// Dot products of pairs of bfloat16, for sets that have them.

@@ -13,8 +13,16 @@ use crate::platform::CpuIsa;
 /// Tokens that a caller hands over at once.
 pub(super) const CHUNK: usize = 12;
 
-/// How far ahead of the running step memory is asked for.
+/// How far ahead of the running step memory is asked for, for several tokens.
 pub(super) const PREFETCH: usize = 8192;
+
+/// The same for a lone token whose weights take many instructions to decode: the processor does not look far enough past
+/// them.
+pub(super) const FAR: usize = 6144;
+
+/// The same where they take few. It looks far enough by itself; but then its own prefetcher, which sees lines in the order
+/// in which they are used, keeps ahead of it.
+pub(super) const NEAR: usize = 256;
 
 /// Panels times `x[0 .. tokens]`.
 pub(super) struct Job<'a> {
@@ -100,15 +108,11 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
             p = p.add(PANEL);
         }
         let mut sums = [[[zero; V]; M]; 2];
-        for i in 0..len / F::STEP {
-            // For a lone token the processor itself has enough loads under way, but where a panel ends.
-            if M == 1 && t == 0 {
-                if i % 2 == 0 {
-                    I::prefetch_far(p.wrapping_add(PREFETCH));
-                }
-            } else if t == 0 {
-                I::prefetch(p.wrapping_add(PREFETCH));
-                I::prefetch(p.wrapping_add(PREFETCH + 64));
+        for _ in 0..len / F::STEP {
+            if t == 0 {
+                let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
+                I::prefetch(ahead);
+                I::prefetch(ahead.wrapping_add(64));
             }
             step::<I, F, M, V>(p, row, &zeros, &x, &mut sums);
             p = p.add(STEP_BYTES);

@@ -14,7 +14,7 @@
 use super::fixed::{BLOCK, HEAD, PARTS};
 use super::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
 use super::isa::Isa;
-use super::kernel::{Job, PREFETCH};
+use super::kernel::{FAR, Job};
 
 /// A panel times the fixed-point forms `job.x`.
 ///
@@ -206,7 +206,7 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
         let p = p.add(step * STEP_BYTES);
         if M == 1 {
             for line in (0..4 * V * I::LANES).step_by(64) {
-                I::prefetch(p.wrapping_add(PREFETCH + line));
+                I::prefetch(p.wrapping_add(FAR + line));
             }
         }
         for half in 0..2 {

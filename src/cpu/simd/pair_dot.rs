@@ -69,7 +69,7 @@ unsafe fn tokens<I: PairDots, F: Pairs>(job: &mut Job<'_>, mut t: usize, end: us
         // Up to 24 sums in 32 registers; tiles of nearly the same size.
         let m = (end - t).div_ceil((end - t).div_ceil(6));
         match m {
-            1 => tile::<I, F, 1>(job, t, scale, false),
+            1 => tile::<I, F, 1>(job, t, scale, fetch),
             2 => tile::<I, F, 2>(job, t, scale, fetch),
             3 => tile::<I, F, 3>(job, t, scale, fetch),
             4 => tile::<I, F, 4>(job, t, scale, fetch),
@@ -102,15 +102,11 @@ unsafe fn tile<I: PairDots, F: Pairs, const M: usize>(job: &mut Job<'_>, t: usiz
         let scales = p;
         p = p.add(scale.bytes());
         let mut sums = [[[zero; V]; M]; 2];
-        for i in 0..len.div_ceil(F::STEP) {
-            // For a lone token the processor itself has enough loads under way. A line of four keeps them so where a panel
-            // ends, and takes few of the places.
-            if M == 1 && i % 2 == 0 {
-                I::prefetch_far(p.wrapping_add(PREFETCH));
-            }
+        for _ in 0..len.div_ceil(F::STEP) {
             if fetch {
-                I::prefetch(p.wrapping_add(PREFETCH));
-                I::prefetch(p.wrapping_add(PREFETCH + 64));
+                let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
+                I::prefetch(ahead);
+                I::prefetch(ahead.wrapping_add(64));
             }
             step::<I, F, M>(p, &x, &mut sums);
             p = p.add(STEP_BYTES);

@@ -2,6 +2,7 @@
 
 use super::format::{Bf16, E2m1, E4m3, STEP_4BIT, U4};
 use super::isa::PairDots;
+use super::kernel::{FAR, NEAR};
 
 /// Decoding of codes to pairs of bfloat16 that are their weights (or a multiple of them) exactly.
 pub(super) trait Pairs {
@@ -11,6 +12,8 @@ pub(super) trait Pairs {
     const ORDER: [[usize; 2]; 4];
     /// See [`super::format::Nibbles::SMALL_GROUPS`].
     const SMALL_GROUPS: bool;
+    /// How far ahead a lone token asks for memory.
+    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { FAR };
 
     /// The first `STEP / 2` are the pairs of `LANES` rows.
     ///

@@ -160,10 +160,6 @@ impl Isa for Avx2 {
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast())
     }
-    #[inline(always)]
-    unsafe fn prefetch_far(p: *const u8) {
-        _mm_prefetch::<_MM_HINT_T1>(p.cast())
-    }
 }
 
 /// Sixteen bytes to look up, in every 128 bits. (Not a closure: one that is not inlined calls intrinsics as functions.)

@@ -158,6 +158,4 @@ impl Isa for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
-    #[inline(always)]
-    unsafe fn prefetch_far(_: *const u8) {}
 }
