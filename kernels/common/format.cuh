@@ -18,12 +18,34 @@ __device__ __forceinline__ uint32_t word(const uint4& w, int i) {
 // (row g, columns 2 3), (row g + 8, columns 2 3).
 //   kWords   16-byte words per lane and block
 //   kOffset  what every operand is too large by; the product with the columns' sum is taken off later
+//   kDigits  codes are bytes (kSigned or not) that meet a lone token's digits; `bytes` gives the registers of two steps:
+//            (row g, first step), (row g + 8, first step), (row g, second step), (row g + 8, second step), columns 0, 2, 1, 3
+//            of each; row g + 8's are larger by 1 / kSecondRow; kZeroCode is the code of zero where none is stored
+//   kHalves  tokens in shared memory are made f16, each stage in units of its own, and codes by `halves`, which gives the
+//            same registers as `step`; kHalvesScale is what an operand of `step` is of the code's value
 //   kLift    operands are tiny (the code's bits in a wider exponent); the other operand is lifted by 2^80 so that
 //            products are ordinary numbers, and the row's factor carries the rest
+
+// Whether e4m3 codes are converted by an instruction.
+#if __CUDA_ARCH__ >= 890
+#define MOE_HALVES 1
+#else
+#define MOE_HALVES 0
+#endif
+
+// Four e4m3 codes as f16: the first two, the others.
+__device__ __forceinline__ void e4m3_to_halves(uint32_t codes, uint32_t& low, uint32_t& high) {
+#if MOE_HALVES
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
+#endif
+}
 
 // bf16 or f16 as they are.
 template <class C>
 struct Codes16 {
+    static constexpr bool kHalves = false;
     static constexpr bool kDigits = false;
     static constexpr int kWords = 4;
     static constexpr float kOffset = 0.f;
@@ -41,6 +63,13 @@ struct CodesE4m3 {
     static constexpr int kWords = 2;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = C::kBf16;
+    static constexpr bool kHalves = MOE_HALVES;
+    static constexpr float kHalvesScale = C::kBf16 ? 0x1p-120f : 0x1p-8f;
+    static __device__ __forceinline__ void halves(const uint4 (&w)[kWords], int s, uint32_t (&a)[4]) {
+        const uint32_t v = word(w[s / 2], 2 * (s % 2)), u = word(w[s / 2], 2 * (s % 2) + 1);
+        e4m3_to_halves(__byte_perm(v, u, 0x6420), a[0], a[2]);
+        e4m3_to_halves(__byte_perm(v, u, 0x7531), a[1], a[3]);
+    }
     static __device__ __forceinline__ void step(const uint4 (&w)[kWords], int s, uint32_t (&a)[4]) {
         constexpr uint32_t kBody = C::kBf16 ? 0x07f007f0u : 0x3f803f80u;
         constexpr int kDown = C::kBf16 ? 4 : 1;
@@ -56,10 +85,16 @@ struct CodesE4m3 {
 // int8, two's complement, exact in either type. Unsigned codes are stored less 128.
 template <class C>
 struct CodesInt8 {
-    static constexpr bool kDigits = false;
+    static constexpr bool kHalves = false;
+    static constexpr bool kDigits = true, kSigned = true;
+    static constexpr float kSecondRow = 1.f, kZeroCode = 0.f;
     static constexpr int kWords = 2;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = false;
+    static __device__ __forceinline__ void bytes(const uint4 (&w)[kWords], int j, uint32_t (&a)[4]) {
+        a[0] = __byte_perm(w[j].x, w[j].y, 0x6240), a[1] = __byte_perm(w[j].x, w[j].y, 0x7351);
+        a[2] = __byte_perm(w[j].z, w[j].w, 0x6240), a[3] = __byte_perm(w[j].z, w[j].w, 0x7351);
+    }
     static __device__ __forceinline__ uint32_t pair(uint32_t v) {
         if (C::kBf16) {
             // 128 + the low seven bits, less 128 or, where the sign is set, 256.
@@ -80,10 +115,16 @@ struct CodesInt8 {
 // u4: register i takes nibble i of either half, into the mantissa of a number whose last place is 1.
 template <class C>
 struct CodesU4 {
-    static constexpr bool kDigits = true;
+    static constexpr bool kHalves = false;
+    static constexpr bool kDigits = true, kSigned = false;
+    static constexpr float kSecondRow = 0.0625f, kZeroCode = 8.f;
     static constexpr int kWords = 1;
     static constexpr float kOffset = C::kBf16 ? 128.f : 1024.f;
     static constexpr bool kLift = false;
+    static __device__ __forceinline__ void bytes(const uint4 (&w)[kWords], int j, uint32_t (&a)[4]) {
+        const uint32_t v = word(w[0], 2 * j), u = word(w[0], 2 * j + 1);
+        a[0] = v & 0x0f0f0f0fu, a[1] = v & 0xf0f0f0f0u, a[2] = u & 0x0f0f0f0fu, a[3] = u & 0xf0f0f0f0u;
+    }
     static __device__ __forceinline__ void step(const uint4 (&w)[kWords], int s, uint32_t (&a)[4]) {
         constexpr uint32_t kMagic = C::kBf16 ? 0x43004300u : 0x64006400u;
         uint32_t v = word(w[0], s);
@@ -97,6 +138,7 @@ struct CodesU4 {
 // bits of bf16 that is the value times 2^-126; moved by three places, in f16, times 2^-14.
 template <class C>
 struct CodesE2m1 {
+    static constexpr bool kHalves = false;
     static constexpr bool kDigits = false;
     static constexpr int kWords = 1;
     static constexpr float kOffset = 0.f;

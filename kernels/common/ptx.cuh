@@ -79,6 +79,16 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
 }
 
 #if __CUDA_ARCH__ >= 900
+// copy_bulk of what is read once, and is the first to go from L2.
+__device__ __forceinline__ void copy_bulk_once(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    // The policy here and not before the loop, where it would take two registers.
+    asm volatile(
+        "{\n.reg .b64 once;\nmov.b64 once, 0x12f0000000000000;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], once;\n}" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // Copies `bytes` (a multiple of 16) in the background and tells `barrier` when they are there.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

@@ -102,17 +102,25 @@ struct NearTokens {
         }
         return o;
     }
-    // Of a scale group, counted from the row's first.
+    // Of a scale group, counted from the row's first; with kHalves a stage's unit.
     __device__ __forceinline__ float sum(int column, int group) const {
         return read_float(sums[column] + 4 * group);
     }
 };
 
-// c += a (16 rows x 32, unsigned bytes) * b (32 x 8 columns, signed bytes), in the register layout of the instruction.
-__device__ __forceinline__ void mma_u8_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// c += a (16 rows x 32, bytes, signed or not) * b (32 x 8 columns, signed bytes), in the register layout of the
+// instruction.
+template <bool kSigned>
+__device__ __forceinline__ void mma_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (kSigned) {
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
 }
 
 // A lone token in shared memory, as three signed digits of base 256 (decode/digits.cuh), of which columns 0, 1 and 3 of
@@ -166,7 +174,7 @@ struct Ring {
             } else {
                 barrier_expect(barrier, bytes + (bias != nullptr ? 128 : 64));
             }
-            copy_bulk(at, from, bytes, barrier);
+            copy_bulk_once(at, from, bytes, barrier);
             if (kExtra > 0 && factors != nullptr) {
                 copy_bulk(at + kChunk, factors, 64, barrier);
                 if (bias != nullptr) copy_bulk(at + kChunk + 64, bias, 64, barrier);
@@ -214,7 +222,8 @@ struct Ring {
     template <bool kOne, int kBlocks, class X>
     static __device__ __forceinline__ void multiply(uint32_t at, const Matrix& m, const X& tokens, int stage, int f,
                                                     int lane, float (&acc)[4]) {
-        constexpr bool kSums = kNeedsSums<Q, S>;
+        constexpr bool kSums = kNeedsSums<Q, S>, kHalves = Q::kHalves && X::kPrepared;
+        static_assert(!kSums || !kHalves, "");
         // Steps per scale group; products of a group are summed apart and then scaled.
         constexpr int kGroupSteps = S::kGroups == 0 ? 8 : 8 / S::kGroups;
         const uint32_t codes = at + lane * 16;
@@ -222,8 +231,18 @@ struct Ring {
         read_scales(at + kBlocks * Bytes::kCodes + (lane >> 2) * (4 * S::kRegisters), scales);
         float part[4] = {0.f, 0.f, 0.f, 0.f}, sums[4] = {0.f, 0.f, 0.f, 0.f};
         auto scale_group = [&](int i) {
-            float scale[2], zero[2] = {8.f, 8.f};
+            float scale[2] = {1.f, 1.f}, zero[2] = {8.f, 8.f};
             S::get(scales, i, m.scale_bf16, scale, zero);
+            if constexpr (kHalves) {
+                // `sums` is the stage's sum in its unit.
+#pragma unroll
+                for (int j = 0; j < (kOne ? 1 : 2); j++) {
+                    sums[j] = S::kGroups == 0 ? part[j] : fmaf(part[j], scale[0], sums[j]);
+                    sums[2 + j] = S::kGroups == 0 ? part[2 + j] : fmaf(part[2 + j], scale[1], sums[2 + j]);
+                }
+                part[0] = part[1] = part[2] = part[3] = 0.f;
+                return;
+            }
             if constexpr (kSums) {
                 if constexpr (X::kPrepared) {
                     sums[0] = sums[2] = tokens.sum(0, stage * S::kGroups + i);
@@ -256,8 +275,13 @@ struct Ring {
 #pragma unroll
             for (int s = 0; s < 4; s++) {
                 uint32_t a[4];
-                Q::step(w[b % kHeld], s, a);
-                C::mma(S::kGroups == 0 ? acc : part, a, x[2 * s], x[2 * s + 1]);
+                if constexpr (kHalves) {
+                    Q::halves(w[b % kHeld], s, a);
+                    F16::mma(part, a, x[2 * s], x[2 * s + 1]);
+                } else {
+                    Q::step(w[b % kHeld], s, a);
+                    C::mma(S::kGroups == 0 ? acc : part, a, x[2 * s], x[2 * s + 1]);
+                }
                 if constexpr (kSums && !X::kPrepared) {
                     const uint32_t ones[4] = {C::kOnes, C::kOnes, C::kOnes, C::kOnes};
                     C::mma(sums, ones, x[2 * s], x[2 * s + 1]);
@@ -267,49 +291,61 @@ struct Ring {
                 }
             }
         }
-        if constexpr (S::kGroups == 1) scale_group(0);
+        if constexpr (S::kGroups == 1 || (S::kGroups == 0 && kHalves)) scale_group(0);
+        if constexpr (kHalves) {
+#pragma unroll
+            for (int j = 0; j < (kOne ? 1 : 2); j++) {
+                const float unit = tokens.sum(j, stage);
+                acc[j] = fmaf(sums[j], unit, acc[j]), acc[2 + j] = fmaf(sums[2 + j], unit, acc[2 + j]);
+            }
+        }
     }
 
-    // The same of a lone token's digits: exact products of integers. Four-bit codes are bytes without more than a mask; row
-    // g + 8's are 16 times as large. acc: (row g, columns 2 t and 2 t + 1), (row g + 8, the same).
+    // The same of a lone token's digits: exact products of integers, of a scale group at a time. acc: (row g, columns 2 t and
+    // 2 t + 1), (row g + 8, the same).
     template <int kBlocks, class X>
     static __device__ __forceinline__ void multiply_digits(uint32_t at, const Matrix& m, const X& tokens, int stage, int lane,
                                                            float (&acc)[4]) {
-        constexpr int kProducts = 4 / S::kGroups;  // of a scale group
+        constexpr bool kSums = kNeedsSums<Q, S>;
+        constexpr int kGroups = S::kGroups == 0 ? 1 : S::kGroups;
+        constexpr int kProducts = 4 / kGroups;  // of a scale group
         uint32_t scales[S::kRegisters + 1];
         read_scales(at + kBlocks * Bytes::kCodes + (lane >> 2) * (4 * S::kRegisters), scales);
         const float unit = read_float(tokens.units + 4 * stage);
-        uint4 w[kBlocks], x[kBlocks];
+        uint4 w[kBlocks][Q::kWords], x[kBlocks];
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
-            w[b] = read_shared<uint4>(at + lane * 16 + b * Bytes::kCodes);
+#pragma unroll
+            for (int i = 0; i < Q::kWords; i++) w[b][i] = read_shared<uint4>(at + lane * 16 + b * Bytes::kCodes + i * 512);
             x[b] = read_shared<uint4>(tokens.row + stage * kStage + 16 * b);
         }
         int part[4] = {0, 0, 0, 0};
         auto scale_group = [&](int i) {
-            float scale[2], zero[2] = {8.f, 8.f};
+            float scale[2] = {1.f, 1.f}, zero[2] = {Q::kZeroCode, Q::kZeroCode}, n[4];
             S::get(scales, i, m.scale_bf16, scale, zero);
-            const float sum = read_float(tokens.sums + 4 * (stage * S::kGroups + i));
-            scale[0] *= unit, scale[1] *= unit * 0.0625f, zero[1] *= 16.f;
-            acc[0] = fmaf(fmaf(-zero[0], sum, (float)part[0]), scale[0], acc[0]);
-            acc[1] = fmaf((float)part[1], scale[0], acc[1]);
-            acc[2] = fmaf(fmaf(-zero[1], sum, (float)part[2]), scale[1], acc[2]);
-            acc[3] = fmaf((float)part[3], scale[1], acc[3]);
-            part[0] = part[1] = part[2] = part[3] = 0;
+#pragma unroll
+            for (int k = 0; k < 4; k++) n[k] = (float)part[k], part[k] = 0;
+            scale[0] *= unit, scale[1] *= unit * Q::kSecondRow;
+            if constexpr (kSums) {
+                const float sum = read_float(tokens.sums + 4 * (stage * kGroups + i));
+                n[0] = fmaf(-zero[0], sum, n[0]), n[2] = fmaf(-zero[1] / Q::kSecondRow, sum, n[2]);
+            }
+            acc[0] = fmaf(n[0], scale[0], acc[0]), acc[1] = fmaf(n[1], scale[0], acc[1]);
+            acc[2] = fmaf(n[2], scale[1], acc[2]), acc[3] = fmaf(n[3], scale[1], acc[3]);
         };
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const uint32_t v = word(w[b], 2 * j), u = word(w[b], 2 * j + 1);
-                const uint32_t a[4] = {v & 0x0f0f0f0fu, v & 0xf0f0f0f0u, u & 0x0f0f0f0fu, u & 0xf0f0f0f0u};
-                mma_u8_s8(part, a, word(x[b], 2 * j), word(x[b], 2 * j + 1));
-                if constexpr (S::kGroups > 1) {
+                uint32_t a[4];
+                Q::bytes(w[b], j, a);
+                mma_bytes<Q::kSigned>(part, a, word(x[b], 2 * j), word(x[b], 2 * j + 1));
+                if constexpr (kGroups > 1) {
                     if ((2 * b + j + 1) % kProducts == 0) scale_group((2 * b + j) / kProducts);
                 }
             }
         }
-        if constexpr (S::kGroups == 1) scale_group(0);
+        if constexpr (kGroups == 1) scale_group(0);
     }
 
     // One chunk: waits for it and multiplies. The place is to be left then.

@@ -1,13 +1,13 @@
 // A lone token's rows as integers, for codes that are integers themselves. The numbers of a stage of 128 columns are
 // counted in units of 2^-22 of the power of two above their largest, and written as three signed digits of base 256, for
 // which the product has columns to spare. Products of digits and codes are exact, and half as many; four bits make bytes
-// by a mask.
+// by a mask, and int8's are bytes but for their order.
 #pragma once
 #include "params.cuh"
 
 namespace moe {
 
-template <class C, class S>
+template <class C, class Q, class S>
 struct Digits {
     static constexpr int kGroups = S::kGroups == 0 ? 1 : S::kGroups;
     uint32_t at;
@@ -65,10 +65,14 @@ struct Digits {
         for (int p = 0; p < 3; p++) {
             if (exists) store_8(to + p * stride, make_uint2(words[p][0], words[p][1]));
         }
-        constexpr int kLanes = 16 / kGroups;
+        if constexpr (kNeedsSums<Q, S>) {
+            constexpr int kLanes = 16 / kGroups;
 #pragma unroll
-        for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        if (exists && lane % kLanes == 0) store_4(sums(i) + (stage * kGroups + lane / kLanes) * 4, __float_as_uint(sum * 0x1p-16f));
+            for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+            if (exists && lane % kLanes == 0) {
+                store_4(sums(i) + (stage * kGroups + lane / kLanes) * 4, __float_as_uint(sum * 0x1p-16f));
+            }
+        }
         // What is no number stays none.
         if (exists && lane == 0) store_4(units(i) + 4 * stage, most >= 0x7f800000u ? 0x7fc00000u : (exponent - 5) << 23);
     }
@@ -114,5 +118,7 @@ struct Digits {
         acc[2] += 0x1p-8f * (acc[3] + 0x1p-8f * __shfl_down_sync(~0u, acc[3], 1));
     }
 };
+
+using RowDigits = Digits<C, Q, S>;
 
 }  // namespace moe

@@ -127,6 +127,11 @@ __device__ __forceinline__ void collect(const DecodeParams& p, Jobs<false>& jobs
     __syncthreads();
 }
 
+// Tokens of a batched expert from the block's first on; as many as there are columns, or fewer, or none.
+__device__ __forceinline__ int batched_tokens(const DecodeParams& p, int expert, int first) {
+    return min(min(p.counts[expert], p.max_tokens) - first, kColumns);
+}
+
 // The batched format: one job, `tokens` rows of one expert.
 __device__ __forceinline__ void collect_batched(int expert, int tokens, Jobs<false>& jobs) {
     if (threadIdx.x < kColumns) jobs.slot[0][threadIdx.x] = threadIdx.x < tokens ? 0 : -1;

@@ -5,6 +5,8 @@
 
 namespace moe {
 
+extern __shared__ __align__(128) char shared_memory[];
+
 constexpr int kColumns = 8;
 
 // What a launch is for.

@@ -1,4 +1,5 @@
-// Tokens' rows in a block's shared memory: a barrier (16 bytes), the rows, the sums of their scale groups.
+// Tokens' rows in a block's shared memory: a barrier (16 bytes), the rows, the sums of their scale groups or (kHalves) the
+// units of their stages.
 #pragma once
 #include "params.cuh"
 
@@ -6,7 +7,8 @@ namespace moe {
 
 template <class C, class Q, class S, bool kLift>
 struct Rows {
-    static constexpr int kGroups = S::kGroups == 0 ? 1 : S::kGroups;  // per stage
+    static constexpr bool kHalves = Q::kHalves;
+    static constexpr int kGroups = S::kGroups == 0 || kHalves ? 1 : S::kGroups;  // whose sums there are, per stage
     uint32_t barrier, rows;
     int blocks, length, stride, sum_stride, count, pitch;
 
@@ -70,9 +72,51 @@ struct Rows {
 #endif
     }
 
+    // Half a warp's: a stage's numbers, eight a lane, as f16 in units of what is returned: 2^-14 of the power of two that their
+    // largest has, which leaves all that are within 2^28 of it as exact as they came.
+    static __device__ __forceinline__ float halve(uint4& x) {
+        uint32_t v[4] = {x.x, x.y, x.z, x.w};
+        float2 f[4];
+        uint32_t most = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            f[j] = C::to_floats(v[j]);
+            most = max(most, max(__float_as_uint(f[j].x) & 0x7fffffffu, __float_as_uint(f[j].y) & 0x7fffffffu));
+        }
+#pragma unroll
+        for (int d = 1; d < 16; d *= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
+        const uint32_t exponent = max(most >> 23, 15u);
+        const float times = __uint_as_float((268 - exponent) << 23);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const __half2 h = __floats2half2_rn(f[j].x * times, f[j].y * times);
+            v[j] = *reinterpret_cast<const uint32_t*>(&h);
+        }
+        x = make_uint4(v[0], v[1], v[2], v[3]);
+        // What is no number stays none.
+        const float unit = __uint_as_float((exponent - 14) << 23) * (Q::kHalvesScale * (kLift ? 0x1p80f : 1.f));
+        return most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : unit;
+    }
+
     // And makes them what NearTokens wants: lifted, summed up. The whole block's.
     __device__ __forceinline__ void prepare(int later) const {
         wait(later);
+        if constexpr (kHalves) {
+            const int stages = (blocks + 1) / 2, all = count * stages, lane = threadIdx.x & 15;
+#pragma unroll 1
+            for (int start = threadIdx.x / 32 * 2; start < all; start += blockDim.x / 16) {
+                const int i = start + (threadIdx.x & 31) / 16, r = i / stages, stage = i - r * stages;
+                const bool exists = i < all && 2 * stage + lane / 8 < blocks;
+                const uint32_t at = row(r) + stage * 256 + lane * 16;
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (exists) x = read_shared<uint4>(at);
+                const float unit = halve(x);
+                if (exists) store_16(at, x);
+                if (exists && lane == 0) store_4(sums(r) + stage * 4, __float_as_uint(unit));
+            }
+            __syncthreads();
+            return;
+        }
         if constexpr (kLift) {
             for (int i = 0; i < count; i++) {
 #pragma unroll 1
@@ -150,6 +194,10 @@ struct Rows {
             }
 #pragma unroll
             for (int b = 0; b < kBatch; b++) {
+                if constexpr (kHalves) {
+                    const float unit = halve(x[b]);
+                    if (w.sum[b] != 0) store_4(w.sum[b], __float_as_uint(unit));
+                }
                 if (w.to[b] != 0) store_16(w.to[b], x[b]);
                 if constexpr (kNeedsSums<Q, S>) {
                     constexpr int kLanes = 16 / kGroups;

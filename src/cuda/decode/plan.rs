@@ -37,7 +37,7 @@ pub struct Limits {
 /// How one of the two kernels is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// Of a block; a power of two.
+    /// Of a block.
     pub warps: usize,
     /// Places of a warp's ring.
     pub depth: usize,
@@ -97,7 +97,7 @@ fn chunk(format: Format, stages: usize) -> usize {
     stages * (2 * format.codes.words() * 512 + 32 * format.scales.registers())
 }
 
-/// Stages of a chunk, as kFirstStages and kSecondStages of kernels/decode.cu.
+/// Stages of a chunk, as kFirstStages of kernels/decode/first.cuh and kSecondStages of second.cuh.
 fn first_stages(format: Format, place: Place) -> usize {
     match format.codes {
         Codes::Half => 1,
@@ -123,7 +123,7 @@ fn digit_rows(format: Format, blocks: usize, count: usize) -> usize {
 
 /// Whether a lone token is multiplied as integers: kDigits of kernels/common/format.cuh.
 fn has_digits(format: Format) -> bool {
-    format.codes == Codes::U4
+    matches!(format.codes, Codes::U4 | Codes::Int8)
 }
 
 /// The first kernel's part of a plan.
@@ -196,6 +196,7 @@ impl Sizes {
             _ if long => 4,
             _ if place != Place::One => 8,
             0..=2 => 2,
+            5..=6 if self.format.codes.words() == 1 => 6,
             3..=8 if self.format.codes.words() == 1 => 8,
             3..=8 => 2,
             17.. if self.format.codes == Codes::E2m1 && chunks >= 16 => 8,
@@ -217,13 +218,17 @@ impl Sizes {
             fits.then_some(First { shape, blocks, spread: !many && place != Place::Far, release })
         };
         let wish = if place == Place::Far { FAR_WARPS } else { WARPS };
-        let digits = place == Place::One && has_digits(self.format);
+        let digits = place == Place::One && self.format.codes == Codes::U4;
         // Few units of four bits: more of them on their way.
         let few = self.format.codes.words() == 1 && (3..=8).contains(&each) || digits && each <= 2;
-        let deep = if place == Place::One && (half || few) { 3 } else { 2 };
+        // Long ones of eight: sums are quick, and two places make the warps stop and go.
+        let long_eight = self.format.codes.words() == 2 && each > 16;
+        let deep = if place == Place::One && (half || few || long_eight) { 3 } else { 2 };
         // Twice the warps pay for some formats where a lone token's units are long, and so few or so many that none is left
         // over.
         let first_try = match place {
+            // A unit to each group, all of it on its way at once, and room for the second kernel's block beside it.
+            Place::One if groups == 6 => (12, 4, 1),
             Place::One
                 if chunks >= 16 && !digits && (each > 16 && self.format.codes.words() != 2 || each <= 2 && half) =>
             {
@@ -243,7 +248,7 @@ impl Sizes {
         // they are short and two would not come to the multiprocessors at once.
         let half = self.format.codes == Codes::Half;
         let few = if half && place != Place::One { 2 * gpu.multiprocessors } else { gpu.multiprocessors };
-        let short = place == Place::One && chunks <= WARPS && !has_digits(self.format);
+        let short = place == Place::One && chunks <= WARPS && self.format.codes != Codes::U4;
         let groups = match self.second_slabs {
             n if n <= few => 1,
             n if n > 2 * gpu.multiprocessors && short => 4,

@@ -35,7 +35,10 @@ fn every_plan_fits_the_gpu_and_its_blocks_are_whole() {
                     let plan = plan.unwrap_or_else(|| panic!("{layer:?} has no plan"));
                     for shape in [plan.first, plan.second] {
                         assert!(shape.shared <= gpu.shared && shape.depth >= 1, "{layer:?} {shape:?}");
-                        assert!(shape.warps.is_power_of_two() && (4..=16).contains(&shape.warps), "{shape:?}");
+                        assert!(
+                            shape.warps >> shape.split << shape.split == shape.warps && (4..=16).contains(&shape.warps),
+                            "{shape:?}"
+                        );
                         assert!(1 << shape.split <= shape.warps, "{shape:?}");
                     }
                     // What the kernels count on: a result has a thread, the far kernel's registers are for 8 warps.
@@ -61,8 +64,8 @@ fn rows_that_do_not_fit_stay_in_global_memory() {
 #[test]
 fn few_units_get_many_warps() {
     let shape = |layer| Plan::new(sizes(INT4.0, INT4.1, layer), H200, 1).unwrap();
-    // 768 units for 132 multiprocessors: eight at once; 256: two at once, with all warps that there is room for.
-    assert_eq!(shape(QWEN3).first.groups(), 8);
+    // 768 units for 132 multiprocessors: all six at once; 256: two at once, with all warps that there is room for.
+    assert_eq!((shape(QWEN3).first.groups(), shape(QWEN3).first.warps), (6, 12));
     assert_eq!((shape(DEEPSEEK_TP8).first.groups(), shape(DEEPSEEK_TP8).first_blocks), (2, 132));
     // As many slabs of the output as multiprocessors: a block to each.
     assert_eq!((shape(QWEN3).second.groups(), shape(DEEPSEEK_TP8).second.groups()), (1, 2));
@@ -101,10 +104,10 @@ fn clusters_where_multiprocessors_would_be_idle_or_rows_have_no_room() {
 fn few_units_are_spread_and_the_second_kernel_starts_behind_most_loads() {
     let plan = |(codes, scales), layer, tokens| Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
     let fp8 = (Codes::E4m3, StageScales::None);
-    // 768 units, a block for every multiprocessor: one to each of 1056 groups, or three to each of 264.
+    // 768 units, a block for every multiprocessor: one to each of 792 groups, or three to each of 264.
     let (four, eight) = (plan(INT4, QWEN3, 1), plan(fp8, QWEN3, 1));
-    assert_eq!((four.first.depth, plan(INT4, DEEPSEEK_TP8, 1).first.depth, eight.first.depth), (3, 3, 2));
-    assert_eq!((four.first_blocks, four.first.groups(), four.spread, four.release), (132, 8, true, 0));
+    assert_eq!((four.first.depth, plan(INT4, DEEPSEEK_TP8, 1).first.depth, eight.first.depth), (4, 3, 2));
+    assert_eq!((four.first_blocks, four.first.groups(), four.spread, four.release), (132, 6, true, 0));
     assert_eq!((eight.first_blocks, eight.first.groups(), eight.spread, eight.release), (132, 2, true, 2));
     // 14336 units: neighbours in memory stay together.
     assert!(plan(fp8, MIXTRAL, 1).spread && !plan(fp8, MIXTRAL, 4).spread);
@@ -138,7 +141,8 @@ fn the_kernels_have_the_same_numbers() {
         assert!(params.contains(&format!("constexpr int {name} = {value};")), "{name}");
     }
     assert!(params.contains("constexpr int kMaxExperts = 1 << 24;") && MAX_EXPERTS == 1 << 24);
-    let decode = include_str!("../../../kernels/decode.cu");
+    let decode =
+        concat!(include_str!("../../../kernels/decode/first.cuh"), include_str!("../../../kernels/decode/second.cuh"));
     for line in [
         "constexpr int kFirstStages = (kMode == Mode::kOne && Q::kWords < 4 ? 2 : 4) / Q::kWords;",
         "constexpr int kSecondStages = Q::kWords == 1 ? 2 : 1;",
