@@ -31,13 +31,14 @@ const DECODE_TOKENS: usize = super::super::decode::TOKENS;
 const MANY: f64 = 4.0 * TILES[TILES.len() - 1] as f64;
 
 impl Kind {
-    /// What a token's column adds to a stage: its products, and of fp8 sums that are added up outside the tensor cores.
-    const fn column_us(self) -> f64 {
+    /// What a token's column adds to a stage, by the place in `TILES`: its products, and of fp8 sums that are added up outside
+    /// the tensor cores.
+    const fn column_us(self) -> [f64; TILES.len()] {
         match self {
-            Kind::Half => 0.00185,
-            Kind::Fp8 => 0.0027,
-            Kind::Fp8Block => 0.0037,
-            Kind::Int8 => 0.00195,
+            Kind::Half => [0.00185; TILES.len()],
+            Kind::Fp8 => [0.0011, 0.0022, 0.0028],
+            Kind::Fp8Block => [0.0019, 0.003, 0.0037],
+            Kind::Int8 => [0.00195; TILES.len()],
         }
     }
 
@@ -45,8 +46,8 @@ impl Kind {
     const fn call_us(self) -> f64 {
         match self {
             Kind::Half => 11.0,
-            Kind::Fp8 => 21.0,
-            Kind::Fp8Block => 36.0,
+            Kind::Fp8 => 12.0,
+            Kind::Fp8Block => 24.0,
             Kind::Int8 => 20.0,
         }
     }
@@ -132,7 +133,7 @@ impl Layer {
             let of = tokens.div_ceil(TILES[tile]);
             if of > 0 {
                 let columns = tokens.div_ceil(of).next_multiple_of(GRANULARITY).min(TILES[tile]) as f64;
-                let stage = (read / of as f64).max(STAGE_US + self.kind.column_us() * columns);
+                let stage = (read / of as f64).max(STAGE_US + self.kind.column_us()[tile] * columns);
                 tiles += part * of as f64;
                 us += part * of as f64 * (p.stages as f64 * stage + RESULT_US * columns);
             }
@@ -205,8 +206,8 @@ mod tests {
             topk: 8,
             us: [
                 [[301.0, 314.8, 329.9], [439.4, 361.6, 382.6], [1292.1, 907.1, 771.5]],
-                [[184.9, 190.0, 209.0], [294.1, 250.4, 269.1], [863.8, 691.4, 649.5]],
-                [[163.2, 178.6, 194.1], [261.1, 223.4, 246.9], [772.3, 595.2, 548.5]],
+                [[164.7, 183.6, 180.5], [260.9, 233.8, 246.7], [772.4, 665.4, 642.7]],
+                [[160.9, 160.9, 170.6], [241.1, 208.3, 226.8], [691.3, 595.8, 558.1]],
                 [[164.0, 178.0, 184.5], [256.5, 221.5, 232.0], [742.1, 550.5, 504.2]],
             ],
         },
@@ -216,8 +217,8 @@ mod tests {
             topk: 8,
             us: [
                 [[722.2, 700.1, 733.6], [824.4, 801.3, 827.8], [1940.8, 1518.4, 1343.8]],
-                [[411.9, 414.3, 450.6], [504.1, 502.9, 543.7], [1381.6, 1217.5, 1089.9]],
-                [[390.7, 387.5, 413.2], [482.0, 477.1, 499.7], [1263.5, 1069.7, 991.6]],
+                [[391.7, 401.9, 424.0], [498.4, 505.9, 534.2], [1266.0, 1149.6, 1060.0]],
+                [[377.9, 395.0, 412.0], [471.9, 484.7, 504.1], [1170.8, 1023.6, 952.1]],
                 [[391.5, 388.0, 407.7], [486.2, 477.5, 482.8], [1207.4, 1014.6, 911.3]],
             ],
         },
@@ -227,8 +228,8 @@ mod tests {
             topk: 2,
             us: [
                 [[936.5, 757.2, 838.8], [2739.8, 1814.0, 1491.5], [9923.9, 6128.1, 4703.2]],
-                [[572.1, 501.8, 513.4], [1773.2, 1339.1, 1249.5], [6186.0, 4430.1, 3904.9]],
-                [[543.1, 443.1, 439.0], [1615.0, 1118.3, 994.4], [5567.0, 3690.7, 3144.7]],
+                [[502.8, 422.8, 454.5], [1452.1, 1202.3, 1169.4], [5098.7, 4202.8, 3748.3]],
+                [[433.7, 389.1, 413.5], [1366.8, 1064.3, 983.6], [4489.8, 3651.2, 3132.5]],
                 [[495.6, 402.7, 428.1], [1480.2, 1006.6, 848.7], [5136.0, 3185.2, 2584.0]],
             ],
         },
