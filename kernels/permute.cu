@@ -38,6 +38,7 @@ struct PlanParams {
     int* parts;         // [blocks, local experts] assignments to each expert in a block's part; null for one block
     const float* stored;  // [2][local experts] scales of both projections' inputs, or null
     float* scales[2];     // [rows_count] each, written with `rows` where they are stored: those of a row's expert
+    uint2* taken;         // made zero, or null
     int assignments, experts, local_experts;
     int max_tokens;     // batched format: an expert's slots, each of which is an assignment where there are `rows`
     int tile, max_tiles;
@@ -47,7 +48,7 @@ struct PlanParams {
     int unused;
 };
 // src/cuda/permute.rs has the same.
-static_assert(sizeof(PlanParams) == 120, "");
+static_assert(sizeof(PlanParams) == 128, "");
 
 // Calls f(assignment, local expert or -1) for the thread's assignments of the block's part.
 template <class F>
@@ -249,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
             p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);
         }
         for (int i = all.y + t; i < p.max_tiles; i += kThreads) p.tiles[i] = make_int4(-1, 0, 0, 0);
+        if (t == 0 && p.taken != nullptr) *p.taken = make_uint2(0, 0);
         if (p.rows != nullptr) {
             for (int i = count; i < room; i++) p.rows[start + i] = -1;
         }

@@ -89,7 +89,8 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
             barrier_init(memory.full(i), 2), barrier_init(memory.free(i), kMathWarps * kCluster);
         }
         for (int i = 0; i < kTasks; i++) {
-            barrier_init(memory.task_full(i), 1), barrier_init(memory.task_free(i), kMathWarps + 3);
+            // Free: all warps of the cluster but the one that fills.
+            barrier_init(memory.task_full(i), 1), barrier_init(memory.task_free(i), kCluster * (kMathWarps + 4) - 1);
         }
         for (int i = 0; i < kFacts; i++) {
             barrier_init(memory.facts_full(i), 32), barrier_init(memory.facts_free(i), kMathThreads);
@@ -105,7 +106,11 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
         if (warp == 0) {
             produce<kN, true>(p, memory, lane);
         } else if (warp == 1) {
-            schedule<kN>(p, memory, lane);
+            if (blockIdx.x % kCluster == 0) {
+                share_out<kN>(p, memory, lane);
+            } else {
+                expect_tasks<kN>(memory, lane);
+            }
         } else if (warp == 2) {
             find_facts<kN>(p, memory, lane);
         } else {

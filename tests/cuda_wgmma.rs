@@ -220,6 +220,55 @@ fn the_batched_format_gives_what_the_standard_one_gives() {
     }
 }
 
+/// The same layer with sums of e4m3 products left in the tensor cores.
+fn fast(layer: &Layer) -> Layer {
+    let config = MoeConfig { fast_accum: true, ..layer.config };
+    Layer { oracle: layer.oracle, config, weights: layer.weights.clone() }
+}
+
+#[test]
+fn sums_may_stay_in_the_tensor_cores() {
+    let Some(stream) = stream() else { return };
+    for (n, alias) in ["Fp8Channel", "Fp8Tensor", "Fp8ChannelTensor", "Fp8Block", "Bf16"].into_iter().enumerate() {
+        for (m, (h, i)) in [(2880, 96), (704, 352), (4096, 512)].into_iter().enumerate() {
+            let mut rng = Rng(9100 + (10 * n + m) as u64);
+            let mut layer = weights::layer(&mut rng, oracle(alias), MoeConfig { bias: m == 1, ..config(5, 2, h, i) });
+            share_scales(&mut layer);
+            let layer = fast(&layer);
+            let of = |layer: &Layer, tile| {
+                check(&stream, &wgmma(&stream, layer, tile, None), layer, &mut Rng(9200), 333, Skew::Zipf)
+            };
+            let have = of(&layer, None);
+            for tile in TILES {
+                assert_eq!(of(&layer, Some(tile)), have, "{alias}, {tile}");
+            }
+            // Scales that change along a row, and other formats, know no such sums.
+            let exact = Layer { config: MoeConfig { fast_accum: false, ..layer.config }, ..layer };
+            assert_eq!(of(&exact, None) == have, matches!(alias, "Fp8Block" | "Bf16"), "{alias}");
+        }
+    }
+}
+
+/// Where all products are positive, such sums lose the most; the others next to nothing.
+#[test]
+fn what_sums_in_the_tensor_cores_lose() {
+    let Some(stream) = stream() else { return };
+    let mut rng = Rng(9300);
+    let mut layer = weights::layer(&mut rng, oracle("Fp8Channel"), config(2, 1, 4096, 64));
+    for m in layer.weights.experts.iter_mut().flat_map(|e| e.gate.iter_mut().chain([&mut e.up, &mut e.down])) {
+        m.codes = m.codes.iter().map(|code| code & 0x7f).collect::<Vec<u8>>().into();
+    }
+    let x: Vec<f32> = hidden(&mut rng, 100, &layer.config).into_iter().map(f32::abs).collect();
+    let (ids, weights) = route(&mut rng, 100, &layer.config, Skew::Uniform);
+    let want = Reference::new(&layer, key(&layer)).forward(&x, &ids, &weights, None);
+    let error = |layer: &Layer| {
+        relative_error(&gpu::forward(&stream, &wgmma(&stream, layer, None, None), &x, &ids, &weights), &want)
+    };
+    // Gate and up lose up to 5 percent each, and are multiplied; the default has two roundings to 16 bits.
+    let (kept, lost) = (error(&layer), error(&fast(&layer)));
+    assert!(kept < 8e-3 && lost < 0.12, "{kept:e} {lost:e}");
+}
+
 /// From 2048 slots on the plan is made by several blocks.
 #[test]
 fn many_slots_of_which_few_are_taken() {

@@ -116,6 +116,23 @@ __device__ __forceinline__ void store_4_remote(uint32_t at, uint32_t v, uint32_t
         "r"(v), "r"(barrier), "r"(block)
         : "memory");
 }
+// The same of 16 bytes.
+__device__ __forceinline__ void store_16_remote(uint32_t at, uint4 v, uint32_t barrier, int block) {
+    asm volatile(
+        "{\n.reg .u32 there, told;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 told, %5, %6;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [there], {%1, %2, %3, %4}, [told];\n}" ::"r"(at),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier), "r"(block)
+        : "memory");
+}
+
+// One arrival at another block's barrier, or the own one's. Orders nothing that was written.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
 #endif
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {

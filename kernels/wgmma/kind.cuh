@@ -1,5 +1,5 @@
-// What is multiplied: MOE_KIND is 16 for the 16-bit type, 8 for e4m3, 128 for e4m3 with scales that change every 128
-// columns, 1 for int8. kernels/common/format.cuh says how weights are packed.
+// What is multiplied: MOE_KIND is 16 for the 16-bit type, 8 for e4m3, 9 for the same with sums that stay in the tensor
+// cores, 128 for e4m3 with scales that change every 128 columns, 1 for int8. kernels/common/format.cuh says how weights are packed.
 #pragma once
 #include "common/activation.cuh"
 #include "common/compute.cuh"
@@ -11,7 +11,8 @@ namespace moe {
 using C = MOE_COMPUTE;
 
 constexpr bool kHalf = MOE_KIND == 16, kInt8 = MOE_KIND == 1, kBlockScales = MOE_KIND == 128;
-// Sums of e4m3 products lose low bits in the tensor cores: they are added up in float32 every 128 columns.
+// Sums of e4m3 products lose low bits in the tensor cores: they are added up in float32 every 128 columns, unless asked
+// not to.
 constexpr bool kPromoted = MOE_KIND == 8 || kBlockScales;
 
 // A stage is 128 bytes of a token's row: one block (64 columns) of 16 bits, two of 8.

@@ -15,13 +15,7 @@ __device__ __forceinline__ uint64_t columns_at(uint32_t at) {
 // fence of the cluster is needed (which costs a microsecond).
 __device__ __forceinline__ void arrive_at_all(uint32_t barrier, int lane) {
     __syncwarp();
-    if (lane < kCluster) {
-        asm volatile(
-            "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-            "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-            "r"(lane)
-            : "memory");
-    }
+    if (lane < kCluster) barrier_arrive_remote(barrier, lane);
 }
 
 // A thread's part of a tile's sums.

@@ -34,24 +34,49 @@ __device__ __forceinline__ Task take(const Layout<kN>& memory, int n, int lane) 
     const int at = place_of<kTasks>(n);
     barrier_wait(memory.task_full(at), round_of<kTasks>(n));
     const uint4 v = read_shared<uint4>(memory.task(at));
-    warp_arrive(memory.task_free(at), lane);
     const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };
-    return {number(v.x), number(v.y), number(v.z & 0xffff), number(v.w), number(v.z) >> 16 != 0};
+    const Task task = {number(v.x), number(v.y), number(v.z & 0xffff), number(v.w), number(v.z) >> 16 != 0};
+    // Only now, when all lanes have what they read.
+    if (lane == 0) barrier_arrive_remote(memory.task_free(at), 0);
+    return task;
 }
 
-// By a warp. The list of tiles is of a grid that ended before the one ahead was let past its own wait.
+// The place of a cluster's nth task in the order of all. Where tasks are asked for, clusters that had small ones get more:
+// the next one when the last has been begun, for what is asked for early is not shared out evenly.
 template <int kN>
-__device__ __forceinline__ void schedule(const GemmParams& p, const Layout<kN>& memory, int lane) {
+__device__ __forceinline__ int ask(const GemmParams& p, const Layout<kN>& memory, int n, int lane) {
+    const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+    if (n == 0 || p.taken == nullptr) return cluster + n * clusters;
+    barrier_wait(memory.task_free(place_of<kTasks>(n - 1)), round_of<kTasks>(n - 1));
+    return clusters + uniform(lane == 0 ? static_cast<int>(atomicAdd(p.taken, 1u)) : 0);
+}
+
+// By a warp of the cluster's first block: its tasks, to all blocks. The list of tiles is of a grid that ended before the one
+// ahead was let past its own wait.
+template <int kN>
+__device__ __forceinline__ void share_out(const GemmParams& p, const Layout<kN>& memory, int lane) {
     for (int n = 0;; n++) {
-        const Task task = task_of(p, n);
+        const Task task = task_of(p, ask(p, memory, n, lane));
         const int at = place_of<kTasks>(n);
         barrier_wait(memory.task_free(at), round_of<kTasks>(n) ^ 1);
-        if (lane == 0) {
+        if (lane == 0) barrier_expect(memory.task_full(at), kTaskBytes);
+        __syncwarp();
+        if (lane < kCluster) {
             const uint32_t count = task.count | task.once << 16;
-            store_16(memory.task(at), make_uint4(task.expert, task.start, count, task.row_tile));
-            barrier_arrive(memory.task_full(at));
+            const uint4 v = make_uint4(task.expert, task.start, count, task.row_tile + lane);
+            store_16_remote(memory.task(at), v, memory.task_full(at), lane);
         }
         if (task.expert < 0) break;
+    }
+}
+
+// By a warp of any other block: says for every task that one is waited for.
+template <int kN>
+__device__ __forceinline__ void expect_tasks(const Layout<kN>& memory, int lane) {
+    for (int n = 0;; n++) {
+        if (lane == 0) barrier_expect(memory.task_full(place_of<kTasks>(n)), kTaskBytes);
+        __syncwarp();
+        if (take(memory, n, lane).expert < 0) break;
     }
 }
 

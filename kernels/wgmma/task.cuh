@@ -27,10 +27,11 @@ struct GemmParams {
     float scale;  // of all rows
     Activation activation;
     int unused;
-    float* out_scales;  // of the first kind: the result is planes of codes, and these their scales, [planes][count]; or null
+    float* out_scales;   // of the first kind: the result is planes of codes, and these their scales, [planes][count]; or null
+    unsigned* taken;     // how many tasks were asked for, 0 at first; or null: clusters take them in turn
 };
 // src/cuda/wgmma.rs has the same.
-static_assert(sizeof(GemmParams) == 152, "");
+static_assert(sizeof(GemmParams) == 160, "");
 
 // A block's rows are four slabs of 16 for each warpgroup that multiplies; the blocks of a cluster have neighbouring rows
 // and the same tokens, which are read once for all of them.
@@ -43,6 +44,7 @@ constexpr int kMaxDepth = 16;
 constexpr int kPiece = 32;
 // Tasks known in advance, and those of which everything else is known.
 constexpr int kTasks = 4, kFacts = 2;
+constexpr int kTaskBytes = 16;
 
 // Shared memory of a tile of at most kN tokens: a ring of tokens, of weights, of scales; room for results on their way
 // out; facts of columns and rows; tasks; barriers.
@@ -82,7 +84,7 @@ struct Layout {
         return after() + kMathGroups * kStaged + place * kFactBytes;
     }
     __device__ __forceinline__ uint32_t largest(int place) const { return facts(kFacts) + place * kLargest; }
-    __device__ __forceinline__ uint32_t task(int place) const { return largest(kFacts) + 16 * place; }
+    __device__ __forceinline__ uint32_t task(int place) const { return largest(kFacts) + kTaskBytes * place; }
     __device__ __forceinline__ uint32_t full(int place) const { return task(kTasks) + 8 * place; }
     __device__ __forceinline__ uint32_t free(int place) const { return full(kMaxDepth + place); }
     __device__ __forceinline__ uint32_t task_full(int place) const { return free(kMaxDepth + place); }
@@ -106,17 +108,17 @@ struct Task {
     bool once;  // whether no other tile of tokens reads these weights
 };
 
-// The block's nth task; expert -1 for none. An expert's tiles of one part of the matrix stand next to each other, so that
-// its weights are read from memory once and for the other tiles from L2.
-__device__ __forceinline__ Task task_of(const GemmParams& p, int n) {
-    const int all = blockIdx.x / kCluster + n * (gridDim.x / kCluster), at = all / p.row_tiles;
+// A cluster's task by its place in the order of all, for rank 0; expert -1 for none. An expert's tiles of one part of the
+// matrix stand next to each other, so that its weights are read from memory once and for the other tiles from L2.
+__device__ __forceinline__ Task task_of(const GemmParams& p, int place) {
+    const int at = place / p.row_tiles;
     if (at >= p.max_tiles) return {-1, 0, 0, 0, false};
     int4 tile = __ldcg(p.tiles + at);
     if (tile.x < 0) return {-1, 0, 0, 0, false};
     const int nth = tile.w & 0xffff, of = tile.w >> 16, first = at - nth;
-    const int local = all - first * p.row_tiles, row_tile = local / of, wanted = local - row_tile * of;
+    const int local = place - first * p.row_tiles, row_tile = local / of, wanted = local - row_tile * of;
     if (wanted != nth) tile = __ldcg(p.tiles + first + wanted);
-    return {tile.x, tile.y, tile.z, row_tile * kCluster + static_cast<int>(blockIdx.x % kCluster), of == 1};
+    return {tile.x, tile.y, tile.z, row_tile * kCluster, of == 1};
 }
 
 __device__ __forceinline__ int stages_of(const GemmParams& p) { return (p.weights.blocks + kBlocks - 1) / kBlocks; }

@@ -258,8 +258,17 @@ impl Mma {
         let places = if self.int8.is_some() { at(parts.places) } else { 0 };
         let max_tiles = max_tiles(call.assignments, c.local_experts, tile.tokens());
         // The tokens' place is free until they are laid out.
-        let plan =
-            Plan { tiles, tile: tile.tokens(), max_tiles, align: 1, places, stored: 0, scales: [0; 2], scratch: x };
+        let plan = Plan {
+            tiles,
+            tile: tile.tokens(),
+            max_tiles,
+            align: 1,
+            places,
+            stored: 0,
+            scales: [0; 2],
+            taken: 0,
+            scratch: x,
+        };
         // SAFETY: the list of tiles has room for the smallest tile's, which are the most; the rest is the caller's promise.
         unsafe {
             self.permute.plan(stream, call.source, plan)?;

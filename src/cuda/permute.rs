@@ -39,6 +39,7 @@ struct PlanParams {
     parts: u64,
     stored: u64,
     scales: [u64; 2],
+    taken: u64,
     assignments: i32,
     experts: i32,
     local_experts: i32,
@@ -100,7 +101,7 @@ struct CombineParams {
 // The kernels assert the same.
 const _: () = assert!(
     size_of::<SpreadParams>() == 48
-        && size_of::<PlanParams>() == 120
+        && size_of::<PlanParams>() == 128
         && size_of::<CombineParams>() == 56
         && size_of::<LayOutParams>() == 56
 );
@@ -143,6 +144,8 @@ pub(super) struct Plan {
     /// Stored scales by expert: `[2][local experts]` f32, and where those of each row go, for both projections; or 0.
     pub stored: u64,
     pub scales: [u64; 2],
+    /// Two counters of 32 bits that are made zero, or 0.
+    pub taken: u64,
     /// [`scratch_bytes`] of the assignments, that nothing else uses before the plan is made.
     pub scratch: u64,
 }
@@ -231,6 +234,7 @@ impl Permute {
             places: plan.places,
             stored: plan.stored,
             scales: plan.scales,
+            taken: plan.taken,
             experts: c.experts as i32,
             local_experts: c.local_experts as i32,
             tile: plan.tile as i32,

@@ -56,10 +56,11 @@ struct GemmParams {
     activation: Activation,
     unused: i32,
     out_scales: u64,
+    taken: u64,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 152);
+const _: () = assert!(size_of::<GemmParams>() == 160);
 
 /// `Kind` in kernels/wgmma/task.cuh.
 const FIRST: i32 = 0;
@@ -157,6 +158,8 @@ pub(super) struct Wgmma {
     bytes_per_expert: usize,
     /// From how many tokens (or slots of an expert) on each of `TILES` is taken.
     tiles_from: [usize; TILES.len()],
+    /// By projection and tile: whether clusters ask for tasks.
+    asks: [[bool; TILES.len()]; 2],
     config: MoeConfig,
     /// Tokens of a tile, instead of what suits a call's size.
     pub tile: Option<usize>,
@@ -174,7 +177,7 @@ impl Wgmma {
     ) -> Result<Option<Self>, CudaError> {
         let gpu = stream.gpu();
         let (format, info) = (packed.format, gpu.info());
-        let Some(kind) = Kind::of(format, activation) else { return Ok(None) };
+        let Some(kind) = Kind::of(format, activation, config.fast_accum) else { return Ok(None) };
         // A stored scale is the input's after the routing weight, which here multiplies sums.
         let stored = activation.is_some_and(quantize::stored);
         let scales = !(stored && config.weight_on_input);
@@ -234,6 +237,7 @@ impl Wgmma {
         let load = |tokens: usize| Load { tokens, chance: if batched { 1.0 } else { chance } };
         Ok(Some(Self {
             tiles_from: layer.tiles_from(load),
+            asks: layer.asks(),
             kernels,
             permute: Permute::new(gpu, config)?,
             matrices,
@@ -265,14 +269,15 @@ impl Wgmma {
         Parts::new(self, tokens).map_or(usize::MAX, |p| p.all)
     }
 
-    /// The kernel for so many tokens, or slots of an expert: of the wanted tile, or the largest below it that this GPU runs.
+    /// The kernel for so many tokens, or slots of an expert, and the place of its tile: of the wanted one, or the largest below
+    /// it that this GPU runs.
     fn kernel(&self, size: usize) -> Result<(usize, &Kernel, Ring), CudaError> {
         let wanted = match self.tile {
             Some(wanted) => TILES.iter().rposition(|t| *t <= wanted),
             None => self.tiles_from.iter().rposition(|from| *from <= size),
         };
-        let fitting = TILES.into_iter().zip(&self.kernels).take(wanted.unwrap_or(0) + 1).rev();
-        let found = { fitting }.find_map(|(tile, k)| k.as_ref().map(|(kernel, ring)| (tile, kernel, *ring)));
+        let fitting = self.kernels.iter().enumerate().take(wanted.unwrap_or(0) + 1).rev();
+        let found = { fitting }.find_map(|(place, k)| k.as_ref().map(|(kernel, ring)| (place, kernel, *ring)));
         found.ok_or(CudaError::NoKernel("wgmma"))
     }
 
@@ -345,12 +350,14 @@ impl Wgmma {
     unsafe fn gemms(&self, stream: &Stream, call: Call, parts: &Parts) -> Result<(), CudaError> {
         let c = &self.config;
         let assignments = call.sources * call.copies;
-        let (tile, kernel, ring) = self.kernel(call.size)?;
+        let (place, kernel, ring) = self.kernel(call.size)?;
+        let tile = TILES[place];
         let tiles = max_tiles(assignments, c.local_experts, tile);
         let count = max_rows(assignments, c.local_experts, ALIGN);
         let at = |part: usize| call.workspace + part as u64;
         let (list, rows, places, x, middle, second) =
             (at(0), at(parts.rows), at(parts.places), at(parts.x), at(parts.middle), at(parts.second));
+        let taken = |n: usize| if self.asks[n][place] { at(parts.taken) + 4 * n as u64 } else { 0 };
         // Empty slots are left out.
         let present = if matches!(call.source, Source::Counts { .. }) { places } else { 0 };
         let [first, down] = &self.inputs;
@@ -373,6 +380,7 @@ impl Wgmma {
             kind: FIRST,
             planes: i32::from(!quantised),
             out_scales: if requantises { down.scales_at(second, count) } else { 0 },
+            taken: taken(0),
             ..self.with_input(common, first, x)
         };
         let down_params = GemmParams {
@@ -380,6 +388,7 @@ impl Wgmma {
             out: call.out,
             out_columns: c.hidden as i32,
             kind: SECOND,
+            taken: taken(1),
             ..self.with_input(common, down, second)
         };
         let (stored, scales) = match &self.stored {
@@ -389,7 +398,9 @@ impl Wgmma {
         // SAFETY: the caller's promise; the parts have room for all rows. The first projection's scales, which the plan writes,
         // lie behind its scratch: that is 4 KiB for 2048 rows, whose codes are 256 KiB at least.
         unsafe {
-            let plan = Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, stored, scales, scratch: x };
+            let taken = at(parts.taken);
+            let plan =
+                Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, stored, scales, taken, scratch: x };
             self.permute.plan(stream, call.source, plan)?;
             let to = OrderedPlanes { places, copies: call.copies, present, ..first.to(count) };
             match &first.quantizer {
@@ -437,6 +448,8 @@ const TOO_LARGE: CudaError = CudaError::Argument("the call is too large for the 
 
 /// Where the parts of a workspace lie, in bytes; the list of tiles comes first.
 struct Parts {
+    /// Two counters of tasks that clusters asked for.
+    taken: usize,
     rows: usize,
     /// The row of each assignment.
     places: usize,
@@ -467,13 +480,14 @@ impl Parts {
         let quantised = first.quantizer.is_some();
         let aligned = |n: usize| n.next_multiple_of(128);
         let results = if batched { 0 } else { assignments.checked_mul(c.hidden * 2)? };
-        let rows = aligned(max_tiles(assignments, c.local_experts, TILES[0]) * TILE_BYTES);
+        let taken = max_tiles(assignments, c.local_experts, TILES[0]) * TILE_BYTES;
+        let rows = aligned(taken + 8);
         let places = aligned(rows + count * 4);
         let x = aligned(places + assignments * 4);
         let scratch = if batched { 0 } else { scratch_bytes(assignments, c.local_experts) };
         let after_x = aligned(x + first.bytes(count)?.max(scratch));
         let between = if quantised { count.checked_mul(wgmma.middle * 2)? } else { 0 };
         let second = aligned(after_x + between).max(aligned(x + results));
-        Some(Self { rows, places, x, middle: after_x, second, results: x, all: second + down.bytes(count)? })
+        Some(Self { taken, rows, places, x, middle: after_x, second, results: x, all: second + down.bytes(count)? })
     }
 }

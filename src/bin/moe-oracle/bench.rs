@@ -59,6 +59,9 @@ pub struct Args {
     /// On a GPU, for cuda_wgmma: tokens of a tile of those, instead of what suits
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(["64", "128", "256"]))]
     wgmma_tile: Option<String>,
+    /// On a Hopper GPU, for fp8 with scales per channel or tensor: sums stay in the tensor cores, which is faster and less exact
+    #[arg(long)]
+    fast_accum: bool,
     /// On a GPU: calls in a row in one graph, at least; more where these read too little to keep the weights cold
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(1..=1024))]
     calls: u16,

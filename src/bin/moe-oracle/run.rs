@@ -36,6 +36,9 @@ pub struct Args {
     /// Leave activations exact even where the backend can quantise them as the checkpoint asks.
     #[arg(long)]
     exact_activations: bool,
+    /// Leave sums of e4m3 products in the tensor cores of a Hopper GPU: faster, and less exact.
+    #[arg(long)]
+    fast_accum: bool,
     /// Safetensors file with a known `output` (and `output_actq*`) [T, H] to compare with.
     #[arg(long)]
     expected: Option<PathBuf>,
@@ -62,7 +65,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(index) => index,
         None => *checkpoint.layers().first().ok_or("the checkpoint holds no MoE layer")?,
     };
-    let moe = checkpoint.layer(index)?;
+    let mut moe = checkpoint.layer(index)?;
+    moe.config.fast_accum = args.fast_accum;
     let (config, family, producer) = (moe.config, moe.family.clone(), moe.producer.clone());
     let input = Input::read(&args.input, config.hidden, config.topk, config.experts)?;
     let layer = Layer::on(moe, &options, place.device())?;

@@ -17,6 +17,8 @@ const READ: [f64; TILES.len()] = [4.46e6, 4.32e6, 4.01e6];
 /// A stage whose weights L2 has, in microseconds, and what a token's column adds to a task's results.
 const STAGE_US: f64 = 0.331;
 const RESULT_US: f64 = 0.0026;
+/// Microseconds from which on a task is asked for, which takes until it is there.
+const ASK_US: f64 = 4.5;
 /// What an element of the assignments' rows costs outside the projections.
 const ELEMENT_US: f64 = 0.94e-6;
 /// As kGranularity in kernels/permute.cu: tokens that a tile's size is a multiple of.
@@ -37,6 +39,7 @@ impl Kind {
         match self {
             Kind::Half => [0.00185; TILES.len()],
             Kind::Fp8 => [0.0011, 0.0022, 0.0028],
+            Kind::Fp8Fast => [0.0011, 0.00195, 0.00195],
             Kind::Fp8Block => [0.0019, 0.003, 0.0037],
             Kind::Int8 => [0.00195; TILES.len()],
         }
@@ -46,7 +49,7 @@ impl Kind {
     const fn call_us(self) -> f64 {
         match self {
             Kind::Half => 11.0,
-            Kind::Fp8 => 12.0,
+            Kind::Fp8 | Kind::Fp8Fast => 12.0,
             Kind::Fp8Block => 24.0,
             Kind::Int8 => 20.0,
         }
@@ -118,6 +121,20 @@ impl Load {
 }
 
 impl Layer {
+    /// By projection and tile, whether clusters ask for tasks instead of taking them in turn: that shares experts of different
+    /// size out evenly (10 % at 256 tokens an expert), but the next task is known late.
+    pub fn asks(&self) -> [[bool; TILES.len()]; 2] {
+        self.projections.map(|p| {
+            std::array::from_fn(|tile| p.stages as f64 * self.stage_us(tile, 0.75 * TILES[tile] as f64, 1) >= ASK_US)
+        })
+    }
+
+    /// A stage of so many columns, whose weights so many tiles read.
+    fn stage_us(&self, tile: usize, columns: f64, tiles: usize) -> f64 {
+        let read = (STAGE_BYTES * self.clusters) as f64 / READ[tile] / tiles as f64;
+        read.max(STAGE_US + self.kind.column_us()[tile] * columns)
+    }
+
     /// Microseconds of a call with the tile of this place.
     pub fn call_us(&self, tile: usize, load: Load) -> f64 {
         let assignments = self.local_experts as f64 * load.tokens as f64 * load.chance;
@@ -126,14 +143,13 @@ impl Layer {
     }
 
     fn projection_us(&self, p: &Projection, tile: usize, load: Load) -> f64 {
-        let read = (STAGE_BYTES * self.clusters) as f64 / READ[tile];
         let (mut all, mut tiles, mut us) = (0.0, 0.0, 0.0);
         load.for_each(|tokens, part| {
             all += part;
             let of = tokens.div_ceil(TILES[tile]);
             if of > 0 {
                 let columns = tokens.div_ceil(of).next_multiple_of(GRANULARITY).min(TILES[tile]) as f64;
-                let stage = (read / of as f64).max(STAGE_US + self.kind.column_us()[tile] * columns);
+                let stage = self.stage_us(tile, columns, of);
                 tiles += part * of as f64;
                 us += part * of as f64 * (p.stages as f64 * stage + RESULT_US * columns);
             }

@@ -12,6 +12,8 @@ pub enum Kind {
     Half,
     /// e4m3, scales per row and token or tensor.
     Fp8,
+    /// The same, with sums that stay in the tensor cores.
+    Fp8Fast,
     /// e4m3 with scales for every 128 columns.
     Fp8Block,
     /// int8, scales per row and token or tensor.
@@ -20,14 +22,15 @@ pub enum Kind {
 
 impl Kind {
     /// What multiplies packed weights and tokens quantised to a key, or not quantised. A scale of weights or of tokens that
-    /// changes along a row needs sums by 128 columns, and with those every row its own scales.
-    pub fn of(format: Format, key: Option<QuantKey>) -> Option<Self> {
+    /// changes along a row needs sums by 128 columns, and with those every row its own scales. `fast` as in
+    /// [`MoeConfig`](crate::config::MoeConfig).
+    pub fn of(format: Format, key: Option<QuantKey>, fast: bool) -> Option<Self> {
         const FP8_ROW: [QuantKey; 2] = [FP8_DYNAMIC_TOKEN_SYM, FP8_DYNAMIC_TENSOR_SYM];
         const INT8: [QuantKey; 3] = [INT8_DYNAMIC_TOKEN_SYM, INT8_DYNAMIC_TENSOR_SYM, INT8_STATIC_TENSOR_SYM];
         match (format.codes, format.scales, key) {
             (Codes::Half, _, None) => Some(Kind::Half),
             (Codes::E4m3, StageScales::None, Some(k)) if FP8_ROW.contains(&k) || k == FP8_STATIC_TENSOR_SYM => {
-                Some(Kind::Fp8)
+                Some(if fast { Kind::Fp8Fast } else { Kind::Fp8 })
             }
             (Codes::E4m3, StageScales::F32(1), Some(k)) if FP8_ROW.contains(&k) || k == FP8_DYNAMIC_128_SYM => {
                 Some(Kind::Fp8Block)
@@ -42,6 +45,7 @@ impl Kind {
         match self {
             Kind::Half => ["wgmma_half_bf16", "wgmma_half_f16"],
             Kind::Fp8 => ["wgmma_fp8_bf16", "wgmma_fp8_f16"],
+            Kind::Fp8Fast => ["wgmma_fp8_fast_bf16", "wgmma_fp8_fast_f16"],
             Kind::Fp8Block => ["wgmma_fp8_block_bf16", "wgmma_fp8_block_f16"],
             Kind::Int8 => ["wgmma_int8_bf16", "wgmma_int8_f16"],
         }
@@ -112,14 +116,15 @@ impl Ring {
 mod tests {
     use super::*;
 
-    const KINDS: [Kind; 4] = [Kind::Half, Kind::Fp8, Kind::Fp8Block, Kind::Int8];
+    const KINDS: [Kind; 5] = [Kind::Half, Kind::Fp8, Kind::Fp8Fast, Kind::Fp8Block, Kind::Int8];
     const HOPPER: usize = 227 << 10;
 
     #[test]
     fn kinds_take_the_keys_that_their_kernels_scale_by() {
         use crate::cuda::pack::Compute;
-        let of =
-            |codes, scales, key| Kind::of(Format { codes, scales, compute: Compute::Bf16, scale_bf16: false }, key);
+        let format = |codes, scales| Format { codes, scales, compute: Compute::Bf16, scale_bf16: false };
+        let of = |codes, scales, key| Kind::of(format(codes, scales), key, false);
+        let fast = |codes, scales, key| Kind::of(format(codes, scales), key, true);
         let (none, block) = (StageScales::None, StageScales::F32(1));
         assert_eq!(of(Codes::Half, none, None), Some(Kind::Half));
         assert_eq!(of(Codes::Half, none, Some(FP8_DYNAMIC_TOKEN_SYM)), None);
@@ -132,12 +137,31 @@ mod tests {
             (INT8_DYNAMIC_TOKEN_SYM, false, false),
         ] {
             assert_eq!(of(Codes::E4m3, none, Some(key)), rows.then_some(Kind::Fp8), "{key}");
+            assert_eq!(fast(Codes::E4m3, none, Some(key)), rows.then_some(Kind::Fp8Fast), "{key}");
             assert_eq!(of(Codes::E4m3, block, Some(key)), blocks.then_some(Kind::Fp8Block), "{key}");
+            assert_eq!(fast(Codes::E4m3, block, Some(key)), blocks.then_some(Kind::Fp8Block), "{key}");
         }
         assert_eq!(of(Codes::E4m3, StageScales::F32(2), Some(FP8_DYNAMIC_128_SYM)), None);
         assert_eq!(of(Codes::E4m3, block, None), None);
-        assert_eq!(of(Codes::Int8, none, Some(INT8_STATIC_TENSOR_SYM)), Some(Kind::Int8));
+        for of in [&of as &dyn Fn(_, _, _) -> _, &fast] {
+            assert_eq!(of(Codes::Int8, none, Some(INT8_STATIC_TENSOR_SYM)), Some(Kind::Int8));
+        }
         assert_eq!(of(Codes::Int8, none, Some(FP8_DYNAMIC_TOKEN_SYM)), None);
+    }
+
+    #[test]
+    fn results_are_quantised_at_once_where_there_is_code_for_it() {
+        use crate::config::Activation;
+        let of = |kind, key, activation| requantises(kind, Some(key), activation);
+        for kind in KINDS {
+            for limit in [None, Some(7.0)] {
+                let silu = Activation::Silu { limit };
+                assert_eq!(of(kind, FP8_DYNAMIC_128_SYM, silu), kind == Kind::Fp8Block);
+                assert!(!of(kind, FP8_DYNAMIC_TOKEN_SYM, silu));
+            }
+            assert!(!of(kind, FP8_DYNAMIC_128_SYM, Activation::GeluTanh));
+            assert!(!of(kind, FP8_DYNAMIC_128_SYM, Activation::Relu2NoMul));
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::machine;
 use crate::presets::Preset;
 use anchors::Anchors;
 use layer::Layer;
+use moe_oracle::config::MoeConfig;
 use moe_oracle::cuda::{CudaError, CudaKernel, CudaVersion, Families, GpuInfo, GpuLayerError, NOT_BUILT, Stream, Tile};
 use moe_oracle::oracle::{KernelWeights, SelectInputs};
 
@@ -140,7 +141,7 @@ impl Bench<'_> {
         report: &mut Report,
     ) -> Result<(), Stop> {
         let platform = self.stream.gpu().platform();
-        let config = preset.config();
+        let config = MoeConfig { fast_accum: self.args.fast_accum, ..preset.config() };
         let oracle = format.oracle()?;
         let refused = |e: &dyn std::fmt::Display| Stop::Cell(e.to_string());
         let inputs = SelectInputs::named(self.args.backend);
