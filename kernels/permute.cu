@@ -81,13 +81,17 @@ __device__ __forceinline__ int2 sum_before(int2 mine, int2& all) {
     }
     if (lane == 31) warps[warp] = sum;
     __syncthreads();
-    int2 before = make_int2(0, 0);
-    all = before;
-#pragma unroll 4
-    for (int w = 0; w < kThreads / 32; w++) {
-        if (w == warp) before = all;
-        all.x += warps[w].x, all.y += warps[w].y;
+    static_assert(kThreads == 32 * 32, "");
+    // Every warp sums up all warps' sums.
+    int2 of = warps[lane];
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const int x = __shfl_up_sync(~0u, of.x, step), y = __shfl_up_sync(~0u, of.y, step);
+        if (lane >= step) of.x += x, of.y += y;
     }
+    all = make_int2(__shfl_sync(~0u, of.x, 31), __shfl_sync(~0u, of.y, 31));
+    int2 before = make_int2(__shfl_sync(~0u, of.x, (warp - 1) & 31), __shfl_sync(~0u, of.y, (warp - 1) & 31));
+    if (warp == 0) before = make_int2(0, 0);
     return make_int2(before.x + sum.x - mine.x, before.y + sum.y - mine.y);
 }
 
@@ -123,7 +127,8 @@ struct SpreadParams {
     int rows, topk;
     int eights;         // of 8 columns, that a token has; what the last plane has more is zeros
     int planes_count;
-    int tokens, unused;
+    int tokens;
+    int ahead;  // as in operands.cu
 };
 static_assert(sizeof(SpreadParams) == 48, "");
 
@@ -221,7 +226,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     __syncthreads();
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    if (p.counts == nullptr && p.parts == nullptr) {
+    // Few ids are read once.
+    const bool few = p.counts == nullptr && p.assignments <= kThreads;
+    int own = -1;
+    if (few) {
+        if (t < p.assignments) own = moe::local_expert(p.ids[t], p.map, p.experts, p.local_experts);
+        if (own >= 0) atomicAdd(&places[own], 1);
+    } else if (p.counts == nullptr && p.parts == nullptr) {
         for_each(p, [&](int, int expert) {
             if (expert >= 0) atomicAdd(&places[expert], 1);
         });
@@ -272,7 +283,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
             put(at, expert, place < ends[expert] ? place : -1);
         }
     } else {
-        for_each(p, [&](int at, int expert) { put(at, expert, expert >= 0 ? atomicAdd(&places[expert], 1) : -1); });
+        const auto put_next = [&](int at, int expert) {
+            put(at, expert, expert >= 0 ? atomicAdd(&places[expert], 1) : -1);
+        };
+        if (!few) {
+            for_each(p, put_next);
+        } else if (t < p.assignments) {
+            put_next(t, own);
+        }
     }
     const int nth = blockIdx.x * kThreads + t;
     for (int i = all.x + nth; i < p.rows_count; i += gridDim.x * kThreads) p.rows[i] = -1;
@@ -315,8 +333,9 @@ extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread(const __
     const bool exists = at < kChunks * p.planes_count;
     // Tokens were complete when the plan was begun, which is the grid ahead.
     const uint4 v = exists ? spread_chunk(p, token, at) : make_uint4(0, 0, 0, 0);
+    if (p.ahead) moe::release_next_grid();
     moe::wait_for_previous_grid();
-    moe::release_next_grid();
+    if (!p.ahead) moe::release_next_grid();
     if (!exists) return;
 #pragma unroll 4
     for (int slot = 0; slot < p.topk; slot++) {

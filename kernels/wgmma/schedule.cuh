@@ -52,9 +52,10 @@ __device__ __forceinline__ int ask(const GemmParams& p, const Layout<kN>& memory
 }
 
 // By a warp of the cluster's first block: its tasks, to all blocks. The list of tiles is of a grid that ended before the one
-// ahead was let past its own wait.
+// ahead was let past its own wait, unless that one lets this begin earlier.
 template <int kN>
 __device__ __forceinline__ void share_out(const GemmParams& p, const Layout<kN>& memory, int lane) {
+    if (p.ids != nullptr) wait_for_previous_grid();
     for (int n = 0;; n++) {
         const Task task = task_of(p, ask(p, memory, n, lane));
         const int at = place_of<kTasks>(n);
