@@ -1,9 +1,10 @@
 //! What is quantised and how: schemes, quantisation keys, number formats.
 
 mod key;
-pub mod number;
 
 pub use key::*;
+#[doc(inline)]
+pub use moe_oracle_simd::number;
 
 /// The seven quantisation schemes, one oracle each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]

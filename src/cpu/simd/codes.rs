@@ -1,8 +1,8 @@
 //! Codes from a row-major matrix to steps. In every format a step holds 4 bytes of each of the 32 rows.
 
-use super::format::{Code, PANEL, STEP_BYTES};
 use crate::scheme::{Elem, number};
 use crate::weights::{Scales, WeightElem, WeightMatrix};
+use moe_oracle_simd::format::{Code, PANEL, STEP_BYTES};
 use std::ops::Range;
 
 /// Steps that are written row by row before the next ones: they stay in the first-level cache, and a row's part of them

@@ -2,9 +2,9 @@
 //! are under way, and a panel of one token takes but a microsecond or two.
 
 use super::SimdExperts;
-use super::format::PANEL;
 use super::run::{Parts, Shared, multiply, write_row};
 use crate::cpu::{Experts, ExpertsCall, Segment};
+use moe_oracle_simd::format::PANEL;
 use std::ops::Range;
 
 /// Panels of a matrix that a task takes at most.

@@ -1,65 +1,32 @@
 //! The vectorised CPU backend: weights stay in the checkpoint's number format and become float32 in registers.
 //!
-//! With [`Rounding::None`] (`cpu_simd`) weight-only and exact: activations and sums are float32. See `format` for the
-//! layout and `kernel` for the loop. With 4-bit weights products are integer ones, activations being brought into a
-//! fixed-point form that is as good as exact: see `fixed` for the form and `nibble` for the loop; so are those of int8
-//! weights where there is VNNI, see `dot`. E4m3 weights take activations multiplied by a power of two: see `scaled`.
+//! The kernels are a crate of their own, `moe-oracle-simd`, which says how they multiply; here is what surrounds them: the
+//! packing of weights, and a call's way over experts, panels and threads.
 //!
-//! Where there are dot products of bfloat16, rows of hidden states that are such in every value meet bf16, fp8 and 4-bit
-//! weights as such, exactly, in the first projections: see `pairs` and `pair_dot`. What the activation function gives is
-//! float32, and goes the way that rows of other types go: in two parts of bfloat16 each it would be less exact and, with
-//! fp8 weights, no faster.
-//!
-//! The other [`Rounding`]s (`cpu_simd_a8`, `cpu_simd_w8a8`) round the input of each GEMM to int8: see `int8` for the form
-//! and `dot` for the loop.
+//! With [`Rounding::None`] (`cpu_simd`) weight-only and exact: activations and sums are float32, or of forms that are as
+//! good as exact. Where there are dot products of bfloat16, rows of hidden states that are such in every value meet bf16,
+//! fp8 and 4-bit weights as such, exactly, in the first projections. What the activation function gives is float32, and
+//! goes the way that rows of other types go: in two parts of bfloat16 each it would be less exact and, with fp8 weights, no
+//! faster. The other [`Rounding`]s (`cpu_simd_a8`, `cpu_simd_w8a8`) round the input of each GEMM to int8.
 //!
 //! A token's bits depend on its inputs, the weights and the instruction set, not on the batch or on threads. Products of
 //! integers (4-bit weights that do not go the way above, int8 activations) do not depend on the instruction set either.
 
 mod codes;
-mod dot;
-mod fixed;
-mod format;
-mod int8;
-mod isa;
-mod kernel;
 mod lone;
-mod math;
-mod nibble;
 mod pack;
-#[cfg(target_arch = "x86_64")]
-mod pair_dot;
-#[cfg(target_arch = "x86_64")]
-mod pair_format;
-mod pairs;
 mod run;
-mod scaled;
 #[cfg(test)]
 mod tests;
 
 use crate::config::Activation;
 use crate::platform::CpuIsa;
 use crate::weights::{ExpertWeights, MoeWeights, WeightError, WeightMatrix};
-use format::Shape;
+#[doc(inline)]
+pub use moe_oracle_simd::Rounding;
+use moe_oracle_simd::format::Shape;
+use moe_oracle_simd::kernel;
 use rayon::prelude::*;
-
-/// What the input of each GEMM (hidden states, and what the activation function gives) is rounded to.
-///
-/// With int8, a block of values x becomes s * q, where s is the block's largest magnitude over 127 and q the nearest
-/// integer: each x is off by at most s / 2, which is 1/254 of that largest magnitude. An output of a GEMM (before its
-/// bias) is therefore off by at most the sum over blocks of s / 2 times the sum of the block's absolute weights, beside
-/// float32 rounding. The errors of single values are as good as independent, so that what is seen is far smaller: for
-/// normally distributed values about 0.6 % of the output's norm a GEMM with blocks of 32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Rounding {
-    /// Nothing: they stay float32.
-    #[default]
-    None,
-    /// int8 per block of 32 consecutive columns (in their packed order), cut anew in every group of the weights.
-    Int8Block,
-    /// int8 per row, as the keys `INT8_DYNAMIC_TOKEN_SYM` and `INT8_DYNAMIC_TENSOR_SYM` (taken per token) say.
-    Int8Row,
-}
 
 /// Why weights cannot be packed.
 #[derive(Debug, thiserror::Error)]

@@ -1,9 +1,9 @@
 //! From canonical weights to panels.
 
-use super::format::{Code, GroupScale, PANEL, STEP_BYTES, Shape};
 use super::{PackError, Rounding, codes};
 use crate::scheme::Elem;
 use crate::weights::{HalfType, Scales, WeightElem, WeightMatrix};
+use moe_oracle_simd::format::{Code, GroupScale, PANEL, STEP_BYTES, Shape};
 
 /// The largest zero point of 4-bit weights for which sums stay within 32 bits (see `nibble`). Checkpoints have 16 at
 /// most.

@@ -3,11 +3,11 @@
 //!
 //! That tasks do not race rests on what [`Executor::run`] promises: each index once, all done when it returns.
 
-use super::format::{Form, PANEL};
-use super::kernel::{CHUNK, Job};
 use super::{Projection, SimdExperts, lone};
 use crate::cpu::{Executor, Experts, ExpertsCall, Segment, SingleThread, padded};
 use crate::platform::CpuIsa;
+use moe_oracle_simd::format::{Form, PANEL};
+use moe_oracle_simd::kernel::{CHUNK, Job};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -40,8 +40,8 @@ fn read_back(form: &[f32], cols: usize, group: usize) -> Vec<(f64, f64)> {
 }
 
 fn form(x: &[f32], order: Option<&[u32]>, group: usize, isa: CpuIsa) -> Vec<f32> {
-    let mut out = vec![f32::NAN; fixed::len::<false>(x.len(), group)];
     let shape = shape(format::Code::U4, x.len(), group);
+    let mut out = vec![f32::NAN; shape.form_len()];
     // SAFETY: only detected instruction sets come here.
     unsafe { kernel::form(isa, &shape)(x, order, &shape, &mut out) };
     out

@@ -8,15 +8,15 @@
 //!
 //! A head of 0 says that the row is no such one: its form as `Shape::plain_form` says follows.
 
-use super::format::Shape;
+use crate::format::Shape;
 #[cfg(target_arch = "x86_64")]
-use super::pair_format::Pairs;
+use crate::pair_format::Pairs;
 
 /// Elements of float32 before what follows.
-pub(super) const HEAD: usize = 1;
+pub(crate) const HEAD: usize = 1;
 
 /// Elements of float32 that the pairs of a row take.
-pub(super) fn len(shape: &Shape) -> usize {
+pub fn len(shape: &Shape) -> usize {
     let (cols, group, step) = (shape.cols, shape.group, shape.code.step());
     (cols / group * group.next_multiple_of(step) + (cols % group).next_multiple_of(step)).div_ceil(2)
 }
@@ -25,7 +25,7 @@ pub(super) fn len(shape: &Shape) -> usize {
 /// at least. If some value is no bfloat16 it writes nothing but a head of 0, and returns false.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) fn row<F: Pairs>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) -> bool {
+pub(crate) fn row<F: Pairs>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) -> bool {
     let (head, out) = out.split_at_mut(HEAD);
     let (mut largest, mut all) = (0, 0);
     for bits in x.iter().map(|v| v.to_bits()) {

@@ -61,6 +61,7 @@ pub static E8M0: [f32; 256] = table!(e8m0_value);
 pub const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// The nibble at `index` of a packed array, low nibble first.
+#[inline]
 pub fn nibble(packed: &[u8], index: usize) -> u8 {
     packed[index / 2] >> (4 * (index % 2)) & 0xf
 }

@@ -9,11 +9,11 @@
 //! The integers are exact, and the few float operations per block are the same everywhere and, with int8 activations,
 //! never fused: these results do not depend on the instruction set. None depends on which tokens are computed together.
 
-use super::fixed::{PARTS, WIDE_HEAD};
-use super::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
-use super::int8::{BLOCK, HEAD, bias};
-use super::isa::Isa;
-use super::kernel::{FAR, Job, NEAR, PREFETCH};
+use crate::fixed::{PARTS, WIDE_HEAD};
+use crate::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
+use crate::int8::{BLOCK, HEAD, bias};
+use crate::isa::Isa;
+use crate::kernel::{FAR, Job, NEAR, PREFETCH};
 
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
@@ -22,10 +22,10 @@ const HALF: usize = BLOCK / 2;
 ///
 /// # Safety
 ///
-/// As for [`super::kernel::PanelFn`].
+/// As for [`crate::kernel::PanelFn`].
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn)]
-pub(super) unsafe fn panel<I: Isa, F: Bytes, const P: usize>(job: &mut Job<'_>) {
+pub(crate) unsafe fn panel<I: Isa, F: Bytes, const P: usize>(job: &mut Job<'_>) {
     // Scales that are read often have code of their own, without a choice per block.
     match job.shape.scale {
         GroupScale::E8m0 if F::SMALL_GROUPS => tokens::<I, F, P>(job, GroupScale::E8m0),

@@ -10,21 +10,21 @@
 //! of p0. For int8 weights (`WIDE` below) the sum is that of each of p2, p1 and p0, times -128, which takes off the weights'
 //! offset. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
 
-use super::format::STEP_4BIT;
-use super::int8::BYTES_STEP;
+use crate::format::STEP_4BIT;
+use crate::int8::BYTES_STEP;
 use std::ops::Range;
 
 /// Columns of a block. 32 keep sums of products within 16 bits; see `nibble`.
-pub(super) const BLOCK: usize = 32;
+pub const BLOCK: usize = 32;
 /// Bytes of a block before its parts.
-pub(super) const HEAD: usize = 8;
+pub(crate) const HEAD: usize = 8;
 /// The same for int8 weights.
-pub(super) const WIDE_HEAD: usize = 16;
+pub(crate) const WIDE_HEAD: usize = 16;
 /// Parts of a number.
-pub(super) const PARTS: usize = 3;
+pub(crate) const PARTS: usize = 3;
 
 /// Elements of float32 that the form of a row takes.
-pub(super) fn len<const WIDE: bool>(cols: usize, group: usize) -> usize {
+pub(crate) fn len<const WIDE: bool>(cols: usize, group: usize) -> usize {
     let (head, step) = sizes::<WIDE>();
     let one = |cols: usize| cols.div_ceil(BLOCK) * head + cols.next_multiple_of(step) * PARTS;
     (cols / group * one(group) + one(cols % group)) / size_of::<f32>()
@@ -38,7 +38,7 @@ const fn sizes<const WIDE: bool>() -> (usize, usize) {
 /// The form of the row whose column `i` is `x[i]`, or `x[order[i]]`, for weights with such groups, into `out`, which is
 /// [`len`] long.
 #[inline(always)]
-pub(super) fn row<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
+pub(crate) fn row<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
     let (head, step) = sizes::<WIDE>();
     let mut out = bytemuck::cast_slice_mut::<f32, u8>(out);
     for start in (0..x.len()).step_by(group) {

@@ -4,11 +4,11 @@
 //! A float32 sum takes two products at once, even and odd pairs of columns having a sum each where a step has several.
 //! The order depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use super::format::{GroupScale, PANEL, STEP_BYTES};
-use super::isa::PairDots;
-use super::kernel::{CHUNK, Job, PREFETCH, PanelFn};
-use super::pair_format::Pairs;
-use super::pairs::HEAD;
+use crate::format::{GroupScale, PANEL, STEP_BYTES};
+use crate::isa::PairDots;
+use crate::kernel::{CHUNK, Job, PREFETCH, PanelFn};
+use crate::pair_format::Pairs;
+use crate::pairs::HEAD;
 
 /// Vectors of a panel's rows.
 const V: usize = 2;
@@ -20,7 +20,7 @@ const V: usize = 2;
 /// As for [`PanelFn`]; `plain` may be called for the shape with its plain form.
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn)]
-pub(super) unsafe fn panel<I: PairDots, F: Pairs>(job: &mut Job<'_>, plain: PanelFn) {
+pub(crate) unsafe fn panel<I: PairDots, F: Pairs>(job: &mut Job<'_>, plain: PanelFn) {
     const { assert!(V * I::LANES == PANEL) };
     // Scales that are read often have code of their own, without a choice per group.
     match job.shape.scale {

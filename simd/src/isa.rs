@@ -1,12 +1,12 @@
 //! The few vector operations that the kernels are written in, once per instruction set.
 
 #[cfg(target_arch = "x86_64")]
-pub(super) mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
-pub(super) mod avx512;
+pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
-pub(super) mod avx512_bf16;
-pub(super) mod portable;
+pub(crate) mod avx512_bf16;
+pub(crate) mod portable;
 
 /// A vector of `LANES` float32, the lanes being consecutive rows of a panel.
 ///
@@ -14,7 +14,7 @@ pub(super) mod portable;
 ///
 /// For every function: the processor has the instruction set (checked once, in `SimdExperts::new`), and a pointer may
 /// be read (or written) for as many bytes as `LANES` elements of the named type take; no alignment is needed.
-pub(super) trait Isa: Copy {
+pub(crate) trait Isa: Copy {
     /// Divides 32.
     const LANES: usize;
     /// The vector.
@@ -96,7 +96,7 @@ pub(super) trait Isa: Copy {
 ///
 /// As for [`Isa`].
 #[cfg(target_arch = "x86_64")]
-pub(super) trait PairDots: Isa {
+pub(crate) trait PairDots: Isa {
     /// Two bfloat16 per row.
     type Pairs: Copy;
 
@@ -126,11 +126,11 @@ fn anew(mut p: *const u8) -> *const u8 {
 }
 
 /// Twice the value of each e2m1 code, plus 12.
-pub(super) static E2M1_BYTES: [u8; 16] = {
+pub(crate) static E2M1_BYTES: [u8; 16] = {
     let mut t = [0; 16];
     let mut i = 0;
     while i < 16 {
-        t[i] = (2.0 * crate::scheme::number::E2M1[i] + 12.0) as u8;
+        t[i] = (2.0 * crate::number::E2M1[i] + 12.0) as u8;
         i += 1;
     }
     t
@@ -143,7 +143,7 @@ static E4M3_PAIRS: [[u8; 128]; 2] = {
     let mut i = 0;
     while i < 128 {
         // Exact: no e4m3 has more mantissa bits than a bfloat16, whose exponents reach further, too.
-        let bits = crate::scheme::number::E4M3[i].to_bits();
+        let bits = crate::number::E4M3[i].to_bits();
         t[0][i] = (bits >> 16) as u8;
         t[1][i] = (bits >> 24) as u8;
         i += 1;
@@ -166,7 +166,7 @@ const fn twice(values: [f32; 16]) -> [u16; 32] {
 /// Twice the value of each e2m1 code.
 #[cfg(target_arch = "x86_64")]
 static E2M1_PAIRS: [u16; 32] = {
-    let mut values = crate::scheme::number::E2M1;
+    let mut values = crate::number::E2M1;
     let mut i = 0;
     while i < 16 {
         values[i] *= 2.0;

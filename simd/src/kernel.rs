@@ -4,28 +4,28 @@
 //! Lanes are rows of the panel and K runs sequentially, so that each output is two chains of multiply-adds (even and odd
 //! columns) in an order that depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use super::format::{self, Bytes, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
-use super::isa::{Isa, portable::Portable};
-use super::{Rounding, dot, fixed, int8, math, nibble, scaled};
-use crate::config::Activation;
-use crate::platform::CpuIsa;
+use crate::Activation;
+use crate::CpuIsa;
+use crate::format::{self, Bytes, Code, Form, Format, GroupScale, Nibbles, PANEL, STEP_BYTES, Shape};
+use crate::isa::{Isa, portable::Portable};
+use crate::{Rounding, dot, fixed, int8, math, nibble, scaled};
 
 /// Tokens that a caller hands over at once.
-pub(super) const CHUNK: usize = 12;
+pub const CHUNK: usize = 12;
 
 /// How far ahead of the running step memory is asked for, for several tokens.
-pub(super) const PREFETCH: usize = 8192;
+pub(crate) const PREFETCH: usize = 8192;
 
 /// The same for a lone token whose weights take many instructions to decode: the processor does not look far enough past
 /// them.
-pub(super) const FAR: usize = 6144;
+pub(crate) const FAR: usize = 6144;
 
 /// The same where they take few. It looks far enough by itself; but then its own prefetcher, which sees lines in the order
 /// in which they are used, keeps ahead of it.
-pub(super) const NEAR: usize = 256;
+pub(crate) const NEAR: usize = 256;
 
 /// Panels times `x[0 .. tokens]`.
-pub(super) struct Job<'a> {
+pub struct Job<'a> {
     /// The matrix.
     pub shape: &'a Shape,
     /// `shape.panel_bytes()` bytes, or of each of several panels. (What the micro-kernels see is one panel.)
@@ -59,19 +59,19 @@ impl Job<'_> {
 /// The processor has the kernel's instruction set, the panels were packed for the shape and have `panel_bytes` bytes
 /// each, the kernel is the one for the shape, every pointer of `x`, of which there is one, can be read for `shape.cols`
 /// elements (of a form: for `shape.form_len()`) and `out` is as long as `x` for every panel.
-pub(super) type PanelFn = unsafe fn(&mut Job<'_>);
+pub type PanelFn = unsafe fn(&mut Job<'_>);
 
 /// [`fixed::row`], [`scaled::row`] or [`int8::row`] with what the instruction set offers.
 ///
 /// # Safety
 ///
 /// The processor has the function's instruction set.
-pub(super) type FormFn = unsafe fn(&[f32], Option<&[u32]>, &Shape, &mut [f32]);
+pub type FormFn = unsafe fn(&[f32], Option<&[u32]>, &Shape, &mut [f32]);
 
 /// # Safety
 ///
 /// The processor has the function's instruction set.
-pub(super) type ActivateFn = unsafe fn(Activation, &[f32; PANEL], &[f32; PANEL], &mut [f32; PANEL]);
+pub type ActivateFn = unsafe fn(Activation, &[f32; PANEL], &[f32; PANEL], &mut [f32; PANEL]);
 
 /// # Safety
 ///
@@ -355,25 +355,25 @@ macro_rules! entries {
 
 entries!(on_portable, Portable);
 #[cfg(target_arch = "x86_64")]
-entries!(on_avx2, super::super::isa::avx2::Avx2, "avx2,fma,f16c");
+entries!(on_avx2, crate::isa::avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-entries!(on_avx512, super::super::isa::avx512::Avx512<false>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+entries!(on_avx512, crate::isa::avx512::Avx512<false>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 entries!(
     on_avx512_vnni,
-    super::super::isa::avx512::Avx512<true>,
+    crate::isa::avx512::Avx512<true>,
     "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 );
 
 /// Shapes with `pairs`; the others are the business of the set below.
 #[cfg(target_arch = "x86_64")]
 mod on_avx512_bf16 {
-    use super::super::pair_format::Pairs;
-    use super::super::{pair_dot, pairs};
     use super::on_avx512_vnni as below;
     use super::*;
+    use crate::pair_format::Pairs;
+    use crate::{pair_dot, pairs};
 
-    type Avx512 = super::super::isa::avx512::Avx512<true>;
+    type Avx512 = crate::isa::avx512::Avx512<true>;
 
     #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     #[allow(unsafe_op_in_unsafe_fn)]
@@ -420,7 +420,7 @@ mod on_avx512_bf16 {
 }
 
 /// The kernel of a shape and an instruction set.
-pub(super) fn kernel(isa: CpuIsa, shape: &Shape) -> PanelFn {
+pub fn kernel(isa: CpuIsa, shape: &Shape) -> PanelFn {
     match isa {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx2 => on_avx2::kernel(shape),
@@ -435,7 +435,7 @@ pub(super) fn kernel(isa: CpuIsa, shape: &Shape) -> PanelFn {
 }
 
 /// The activation of an instruction set.
-pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
+pub fn activation(isa: CpuIsa) -> ActivateFn {
     match isa {
         #[cfg(target_arch = "x86_64")]
         CpuIsa::Avx2 => on_avx2::activate,
@@ -448,7 +448,7 @@ pub(super) fn activation(isa: CpuIsa) -> ActivateFn {
 }
 
 /// How an instruction set brings rows into a form; for the plain form, never called.
-pub(super) fn form(isa: CpuIsa, shape: &Shape) -> FormFn {
+pub fn form(isa: CpuIsa, shape: &Shape) -> FormFn {
     let form = shape.form();
     match isa {
         #[cfg(target_arch = "x86_64")]

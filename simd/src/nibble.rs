@@ -11,19 +11,19 @@
 //! The integers are exact, and the few float operations per block are the same everywhere and never fused: results do
 //! not depend on the instruction set, nor on which tokens are computed together.
 
-use super::fixed::{BLOCK, HEAD, PARTS};
-use super::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
-use super::isa::Isa;
-use super::kernel::{FAR, Job};
+use crate::fixed::{BLOCK, HEAD, PARTS};
+use crate::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
+use crate::isa::Isa;
+use crate::kernel::{FAR, Job};
 
 /// A panel times the fixed-point forms `job.x`.
 ///
 /// # Safety
 ///
-/// As for [`super::kernel::PanelFn`].
+/// As for [`crate::kernel::PanelFn`].
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn)]
-pub(super) unsafe fn panel<I: Isa, F: Nibbles>(job: &mut Job<'_>) {
+pub(crate) unsafe fn panel<I: Isa, F: Nibbles>(job: &mut Job<'_>) {
     // Scales that are read often have code of their own, without a choice per group.
     match job.shape.scale {
         GroupScale::E8m0 if F::SMALL_GROUPS => tokens::<I, F>(job, GroupScale::E8m0),

@@ -1,16 +1,16 @@
 //! Decoding of the packed formats to pairs of bfloat16.
 
-use super::format::{Bf16, E2m1, E4m3, STEP_4BIT, U4};
-use super::isa::PairDots;
-use super::kernel::{FAR, NEAR};
+use crate::format::{Bf16, E2m1, E4m3, STEP_4BIT, U4};
+use crate::isa::PairDots;
+use crate::kernel::{FAR, NEAR};
 
 /// Decoding of codes to pairs of bfloat16 that are their weights (or a multiple of them) exactly.
-pub(super) trait Pairs {
+pub(crate) trait Pairs {
     /// Columns of a step.
     const STEP: usize;
     /// Those of each pair, the first `STEP / 2` of these.
     const ORDER: [[usize; 2]; 4];
-    /// See [`super::format::Nibbles::SMALL_GROUPS`].
+    /// See [`crate::format::Nibbles::SMALL_GROUPS`].
     const SMALL_GROUPS: bool;
     /// How far ahead a lone token asks for memory.
     const AHEAD: usize = if Self::STEP == 2 { NEAR } else { FAR };
@@ -19,7 +19,7 @@ pub(super) trait Pairs {
     ///
     /// # Safety
     ///
-    /// As for [`super::isa::Isa`]; `p` is the first of these rows in a step.
+    /// As for [`crate::isa::Isa`]; `p` is the first of these rows in a step.
     unsafe fn decode<I: PairDots>(p: *const u8) -> [I::Pairs; 4];
 }
 

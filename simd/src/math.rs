@@ -1,12 +1,12 @@
-//! Activations over the 32 rows of a panel, in plain Rust that the compiler vectorises.
+//! Activations over the 32 rows of a panel and what they need, in plain Rust that the compiler vectorises.
 
-use super::format::PANEL;
-use crate::config::Activation;
+use crate::Activation;
+use crate::format::PANEL;
 
 /// e^x with about 1e-7 relative error, without branches: arguments beyond +-87 give the value at that end, so that
 /// `1 / (1 + e^x)` is never NaN or infinite.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the integer in the low mantissa bits
     const LN2_HI: f32 = 0.693_359_4; // few bits, so that its product with the integer is exact
     const LN2_LO: f32 = -2.121_944_4e-4;
@@ -31,7 +31,7 @@ fn sigmoid(x: f32) -> f32 {
 
 /// The activation of every row. Each result depends on its own gate and up only.
 #[inline(always)]
-pub(super) fn activate(a: Activation, gate: &[f32; PANEL], up: &[f32; PANEL], out: &mut [f32; PANEL]) {
+pub fn activate(a: Activation, gate: &[f32; PANEL], up: &[f32; PANEL], out: &mut [f32; PANEL]) {
     match a {
         Activation::Silu { limit: None } => {
             for i in 0..PANEL {
@@ -61,4 +61,17 @@ pub(super) fn activate(a: Activation, gate: &[f32; PANEL], up: &[f32; PANEL], ou
             }
         }
     }
+}
+
+/// float16 to float32. By integers and a conversion that has no subnormal numbers, which a thread may take as zeros.
+#[inline(always)]
+pub fn f16(bits: u16) -> f32 {
+    let (sign, size) = ((u32::from(bits) & 0x8000) << 16, u32::from(bits) & 0x7fff);
+    let magnitude = match size {
+        0..0x400 => (size as f32 * f32::from_bits((127 - 24) << 23)).to_bits(),
+        0x400..0x7c00 => (size << 13) + ((127 - 15) << 23),
+        0x7c00 => f32::INFINITY.to_bits(),
+        _ => 0x7fc0_0000 | size << 13,
+    };
+    f32::from_bits(sign | magnitude)
 }

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 /// 256-bit vectors.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx2;
+pub(crate) struct Avx2;
 
 impl Isa for Avx2 {
     const LANES: usize = 8;

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 /// 512-bit vectors; whether the processor has VNNI too.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Avx512<const VNNI: bool>;
+pub(crate) struct Avx512<const VNNI: bool>;
 
 impl<const VNNI: bool> Isa for Avx512<VNNI> {
     const LANES: usize = 16;

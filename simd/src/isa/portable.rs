@@ -3,11 +3,12 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::{E2M1_BYTES, Isa};
-use crate::scheme::number::{E4M3, E8M0};
+use crate::math;
+use crate::number::{E4M3, E8M0};
 
 /// Whatever the compiler makes of arrays.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Portable;
+pub(crate) struct Portable;
 
 const N: usize = 8;
 
@@ -60,7 +61,7 @@ impl Isa for Portable {
     }
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> [f32; N] {
-        each(|i| half::f16::from_bits(u16_at(p, i)).to_f32())
+        each(|i| math::f16(u16_at(p, i)))
     }
     #[inline(always)]
     unsafe fn bf16(p: *const u8) -> [f32; N] {

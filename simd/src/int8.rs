@@ -9,19 +9,19 @@
 //! sum of all q, times what brings the sums of products with the weights' bytes back to the weights; with zero points it
 //! is the bare sum. An s that is not a number makes every product one: the block (or row) held an infinity or a NaN.
 
-use super::Rounding;
-use super::format::{self, Bytes, Code, Shape};
-use super::isa::Isa;
+use crate::Rounding;
+use crate::format::{self, Bytes, Code, Shape};
+use crate::isa::Isa;
 
 /// Columns of a block.
-pub(super) const BLOCK: usize = 32;
+pub(crate) const BLOCK: usize = 32;
 /// Columns of a step of bytes.
-pub(super) const BYTES_STEP: usize = 4;
+pub(crate) const BYTES_STEP: usize = 4;
 /// Bytes of a block before its numbers.
-pub(super) const HEAD: usize = 8;
+pub(crate) const HEAD: usize = 8;
 
 /// Elements of float32 that the form of a row takes.
-pub(super) fn len(shape: &Shape) -> usize {
+pub(crate) fn len(shape: &Shape) -> usize {
     let one = |cols: usize| cols.div_ceil(BLOCK) * HEAD + cols.next_multiple_of(shape.code.step());
     let (cols, group) = (shape.cols, shape.group);
     (cols / group * one(group) + one(cols % group)) / size_of::<f32>()
@@ -42,13 +42,13 @@ fn start<I: Isa>(code: Code) -> i32 {
 }
 
 /// What the instruction set takes off the format's bytes.
-pub(super) const fn bias<I: Isa, F: Bytes>() -> i32 {
+pub(crate) const fn bias<I: Isa, F: Bytes>() -> i32 {
     if F::BIASED { I::BIAS } else { 0 }
 }
 
 /// The form of the row whose column `i` is `x[i]`, or `x[order[i]]`, into `out`, which is [`len`] long.
 #[inline(always)]
-pub(super) fn row<I: Isa>(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+pub(crate) fn row<I: Isa>(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
     let (step, start) = (shape.code.step(), start::<I>(shape.code));
     let common = (shape.rounding == Rounding::Int8Row).then(|| scale(x));
     let mut out = bytemuck::cast_slice_mut::<f32, u8>(out);

@@ -7,7 +7,7 @@
 //! In memory: the head, 2^120 over the power, which the sums are to be multiplied by, then the columns.
 
 /// Elements before the columns.
-pub(super) const HEAD: usize = 1;
+pub const HEAD: usize = 1;
 
 /// 2^e, for an exponent of normal numbers.
 #[inline(always)]
@@ -17,7 +17,7 @@ fn power(e: i32) -> f32 {
 
 /// The form of the row whose column `i` is `x[i]`, or `x[order[i]]`, into `out`, which has [`HEAD`] elements more.
 #[inline(always)]
-pub(super) fn row(x: &[f32], order: Option<&[u32]>, out: &mut [f32]) {
+pub(crate) fn row(x: &[f32], order: Option<&[u32]>, out: &mut [f32]) {
     let (head, out) = out.split_at_mut(HEAD);
     let largest = x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff));
     // |x| < 2^exponent, but for numbers so small or so large that the powers below would not be normal ones. (Where
@@ -34,7 +34,7 @@ pub(super) fn row(x: &[f32], order: Option<&[u32]>, out: &mut [f32]) {
 
 /// While it lives, this thread computes with subnormal numbers, which weights are here. Engines may have told the
 /// processor to take them as zeros.
-pub(super) struct Subnormals {
+pub(crate) struct Subnormals {
     #[cfg(target_arch = "x86_64")]
     before: u32,
 }
@@ -45,10 +45,11 @@ impl Subnormals {
     const OFF: u32 = 1 << 6 | 1 << 15;
 
     #[inline(always)]
-    pub(super) fn on() -> Self {
+    pub(crate) fn on() -> Self {
         let before = mode();
         if before & Self::OFF != 0 {
-            set_mode(before & !Self::OFF);
+            // SAFETY: no more than these two bits change.
+            unsafe { set_mode(before & !Self::OFF) };
         }
         Self { before }
     }
@@ -59,14 +60,15 @@ impl Drop for Subnormals {
     #[inline(always)]
     fn drop(&mut self) {
         if self.before & Self::OFF != 0 {
-            set_mode(self.before);
+            // SAFETY: as it was.
+            unsafe { set_mode(self.before) };
         }
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 impl Subnormals {
-    pub(super) fn on() -> Self {
+    pub(crate) fn on() -> Self {
         Self {}
     }
 }
@@ -74,17 +76,23 @@ impl Subnormals {
 /// The control register of vector arithmetic.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) fn mode() -> u32 {
+pub fn mode() -> u32 {
     let mut mode = 0u32;
     // SAFETY: every x86-64 processor has it; it writes the four bytes.
     unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut mode, options(nostack, preserves_flags)) };
     mode
 }
 
+/// Sets it.
+///
+/// # Safety
+///
+/// It is what [`mode`] gave but for "denormals are zeros" and "flush to zero", which change how subnormal numbers are taken
+/// and nothing else.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(super) fn set_mode(mode: u32) {
-    // SAFETY: callers pass what `mode` gave but for the two bits above, which change how subnormal numbers are taken and
-    // nothing else; arithmetic cannot move across it, for it is between loads and stores that cannot.
+pub unsafe fn set_mode(mode: u32) {
+    // SAFETY: the register is as the caller promises; arithmetic cannot move across it, for it is between loads and stores
+    // that cannot.
     unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mode, options(nostack, preserves_flags)) };
 }

@@ -4,21 +4,21 @@
 //! the layer has biases). Then, group by group along K: the group's scales, its zero points, and its codes in steps
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
 
-use super::isa::Isa;
-use super::kernel::{FAR, NEAR};
-use super::{Rounding, fixed, int8, pairs, scaled};
-use crate::platform::CpuIsa;
+use crate::CpuIsa;
+use crate::isa::Isa;
+use crate::kernel::{FAR, NEAR};
+use crate::{Rounding, fixed, int8, pairs, scaled};
 
 /// Rows of a panel.
-pub(super) const PANEL: usize = 32;
+pub const PANEL: usize = 32;
 /// Bytes of a step, whatever the format.
-pub(super) const STEP_BYTES: usize = 128;
+pub const STEP_BYTES: usize = 128;
 /// Columns of a step of 4-bit codes.
-pub(super) const STEP_4BIT: usize = 8;
+pub(crate) const STEP_4BIT: usize = 8;
 
 /// How codes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Code {
+pub enum Code {
     /// Dwords of two columns.
     Bf16,
     /// By column.
@@ -43,7 +43,7 @@ pub(super) enum Code {
 
 impl Code {
     /// Columns of a step.
-    pub(super) fn step(self) -> usize {
+    pub fn step(self) -> usize {
         match self {
             Code::Bf16 | Code::F16 => 2,
             Code::E4m3 | Code::Int8 | Code::U8Zero | Code::Int8Rows | Code::U8ZeroRows => 4,
@@ -57,14 +57,14 @@ impl Code {
     }
 
     /// Whether groups hold zero points.
-    pub(super) fn zero_points(self) -> bool {
+    pub fn zero_points(self) -> bool {
         matches!(self, Code::U8Zero | Code::U8ZeroRows | Code::U4Zero)
     }
 }
 
 /// What a row of activations is brought into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
+pub enum Form {
     /// Nothing: it stays as it is.
     Plain,
     /// Fixed point, see `fixed`; depends on the group's size.
@@ -81,7 +81,7 @@ pub(super) enum Form {
 
 /// The scales of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum GroupScale {
+pub enum GroupScale {
     /// One group, whose scale is in the factor.
     None,
     /// float32 per row
@@ -100,7 +100,7 @@ pub(super) enum GroupScale {
 
 impl GroupScale {
     /// Bytes per group; multiples of 32 keep steps aligned to a vector.
-    pub(super) fn bytes(self) -> usize {
+    pub fn bytes(self) -> usize {
         match self {
             GroupScale::None => 0,
             GroupScale::F32 => 4 * PANEL,
@@ -117,7 +117,7 @@ impl GroupScale {
     /// As for [`Isa`]; `p` is the start of a group that has such scales, `row + LANES <= 32`.
     #[inline(always)]
     #[allow(unsafe_op_in_unsafe_fn)]
-    pub(super) unsafe fn load<I: Isa>(self, p: *const u8, row: usize) -> I::V {
+    pub(crate) unsafe fn load<I: Isa>(self, p: *const u8, row: usize) -> I::V {
         match self {
             GroupScale::None => I::splat(1.0),
             GroupScale::F32 => I::load(p.cast::<f32>().add(row)),
@@ -132,7 +132,7 @@ impl GroupScale {
 
 /// Everything a kernel must know of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Shape {
+pub struct Shape {
     /// N
     pub rows: usize,
     /// K
@@ -153,12 +153,12 @@ pub(super) struct Shape {
 
 impl Shape {
     /// Bytes before the first group.
-    pub(super) fn head(&self) -> usize {
+    pub fn head(&self) -> usize {
         PANEL * 4 * (1 + usize::from(self.bias))
     }
 
     /// Bytes of a panel, a multiple of 32.
-    pub(super) fn panel_bytes(&self) -> usize {
+    pub fn panel_bytes(&self) -> usize {
         let per_group = self.scale.bytes() + if self.code.zero_points() { PANEL } else { 0 };
         let steps = |cols: usize| cols.div_ceil(self.code.step());
         let full = self.cols / self.group;
@@ -170,7 +170,7 @@ impl Shape {
     /// The same matrix as it suits an instruction set best: with VNNI, int8 takes exact activations in parts; with BF16,
     /// weights that bfloat16 holds are multiplied as such where activations may be bfloat16, which is in the first
     /// projections (`hidden`): what they and the activation function give is float32.
-    pub(super) fn for_isa(self, isa: CpuIsa, hidden: bool) -> Self {
+    pub fn for_isa(self, isa: CpuIsa, hidden: bool) -> Self {
         let code = match self.code {
             Code::Int8 if isa >= CpuIsa::Avx512Vnni => Code::Int8Rows,
             code => code,
@@ -180,12 +180,12 @@ impl Shape {
     }
 
     /// How kernels take activations.
-    pub(super) fn form(&self) -> Form {
+    pub fn form(&self) -> Form {
         if self.pairs { Form::Pairs } else { self.plain_form() }
     }
 
     /// The same of rows that are no pairs.
-    pub(super) fn plain_form(&self) -> Form {
+    pub fn plain_form(&self) -> Form {
         match self.code {
             _ if self.rounding != Rounding::None => Form::Int8,
             Code::E2m1 | Code::U4 | Code::U4Zero => Form::Fixed,
@@ -196,7 +196,7 @@ impl Shape {
     }
 
     /// Float32 elements that a row takes in the form that the code's kernels read; 0 where it stays as it is.
-    pub(super) fn form_len(&self) -> usize {
+    pub fn form_len(&self) -> usize {
         let plain = match self.plain_form() {
             Form::Plain => 0,
             Form::Fixed => fixed::len::<false>(self.cols, self.group),
@@ -213,7 +213,7 @@ impl Shape {
     }
 
     /// Whether kernels of both shapes read the same form of a row.
-    pub(super) fn form_like(&self, other: &Self) -> bool {
+    pub fn form_like(&self, other: &Self) -> bool {
         match (self.form(), other.form()) {
             (Form::Fixed, Form::Fixed) | (Form::FixedWide, Form::FixedWide) => self.group == other.group,
             (Form::Int8, Form::Int8) | (Form::Pairs, Form::Pairs) => {
@@ -224,18 +224,18 @@ impl Shape {
     }
 
     /// Number of panels.
-    pub(super) fn panels(&self) -> usize {
+    pub fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }
 
     /// Bytes of the matrix.
-    pub(super) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.panels() * self.panel_bytes()
     }
 }
 
 /// Decoding of codes to float32.
-pub(super) trait Format {
+pub(crate) trait Format {
     /// Columns of a step.
     const STEP: usize;
     /// Zero points are subtracted after decoding.
@@ -256,7 +256,7 @@ pub(super) trait Format {
 macro_rules! format {
     ($(#[$doc:meta])* $name:ident, $cols:literal, $zero:literal $(, scaled = $scaled:literal)?, |$p:ident, $row:ident, $w:ident| $body:block) => {
         $(#[$doc])*
-        pub(super) struct $name;
+        pub(crate) struct $name;
 
         impl Format for $name {
             const STEP: usize = $cols;
@@ -293,7 +293,7 @@ U8Zero, 4, true, |p, row, w| {
 });
 
 /// Decoding of codes to bytes for dot products with int8 activations: a weight, or a multiple of it, plus an offset.
-pub(super) trait Bytes {
+pub(crate) trait Bytes {
     /// The offset comes from zero points.
     const ZERO: bool;
     /// The offset otherwise.
@@ -314,9 +314,9 @@ pub(super) trait Bytes {
 }
 
 /// [`Code::Int8Rows`]
-pub(super) struct Int8Rows;
+pub(crate) struct Int8Rows;
 /// [`Code::U8ZeroRows`]
-pub(super) struct U8ZeroRows;
+pub(crate) struct U8ZeroRows;
 
 macro_rules! whole_bytes {
     ($name:ident, $zero:literal) => {
@@ -353,7 +353,7 @@ impl<F: Nibbles> Bytes for F {
 }
 
 /// Decoding of 4-bit codes to unsigned bytes, at most 24, that are a weight (or a multiple of it) plus an offset.
-pub(super) trait Nibbles {
+pub(crate) trait Nibbles {
     /// The offset comes from zero points, at most 31.
     const ZERO: bool;
     /// The offset otherwise.
@@ -370,11 +370,11 @@ pub(super) trait Nibbles {
 }
 
 /// [`Code::E2m1`]: twice the value, plus 12.
-pub(super) struct E2m1;
+pub(crate) struct E2m1;
 /// [`Code::U4`]
-pub(super) struct U4;
+pub(crate) struct U4;
 /// [`Code::U4Zero`]
-pub(super) struct U4Zero;
+pub(crate) struct U4Zero;
 
 impl Nibbles for E2m1 {
     const ZERO: bool = false;
