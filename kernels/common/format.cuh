@@ -232,6 +232,8 @@ struct ScaleE4m3 {
     static __device__ __forceinline__ void get(const uint32_t* w, int i, bool, float (&s)[2], float (&)[2]) {
         s[0] = one(w[i / 4], i % 4), s[1] = one(w[2 + i / 4], i % 4);
     }
+    // Of two codes.
+    static __device__ __forceinline__ float2 two(uint32_t w) { return make_float2(one(w, 0), one(w, 1)); }
 };
 
 }  // namespace moe

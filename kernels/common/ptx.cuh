@@ -203,6 +203,21 @@ __device__ __forceinline__ T read_shared(uint32_t at) {
     return v;
 }
 
+__device__ __forceinline__ uint32_t read_shared_16(uint32_t at) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
+
+// Four matrices of 8 x 8 16-bit numbers, of whose 32 lines a lane says where one is; lane 4 g + t gets two numbers of each
+// one's line g.
+__device__ __forceinline__ void load_matrices(uint32_t at, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+                 : "r"(at)
+                 : "memory");
+}
+
 __device__ __forceinline__ float read_float(uint32_t at) { return __uint_as_float(read_shared<uint32_t>(at)); }
 
 }  // namespace moe

@@ -34,7 +34,7 @@ constexpr uint32_t kLiftPair = 0x67806780u;
 // Columns far away, in global memory: every chunk's part is loaded before the wait for the chunk's weights.
 template <class C, class Q, class S, int kStages, bool kLift>
 struct FarTokens {
-    static constexpr bool kPrepared = false, kDigits = false;
+    static constexpr bool kPrepared = false, kDigits = false, kApart = false;
     const char* row;  // the lane's column; null for zeros
     int length;       // elements that exist
     Operand o[kStages][2];
@@ -79,7 +79,7 @@ struct FarTokens {
 // Columns in shared memory, prepared (decode/tokens.cuh): whole blocks, lifted, with the sums of their scale groups.
 template <class S>
 struct NearTokens {
-    static constexpr bool kPrepared = true, kDigits = false;
+    static constexpr bool kPrepared = true, kDigits = false, kApart = false;
     uint32_t row;      // the lane's column
     uint32_t sums[2];  // of the columns whose results the lane holds
 
@@ -108,6 +108,55 @@ struct NearTokens {
     }
 };
 
+// Whether a lone token's scale groups of 16 get columns of the product for themselves, with zeros for the others' numbers: a
+// lane then scales what two columns hold of a stage, where it would scale eight groups' sums.
+template <class S>
+constexpr bool kGroupsApart = S::kGroups == 8;
+
+// Such a token's row in shared memory, and 128 bytes of zeros. Of each group, what the four lanes of a column hold in one
+// register of the operand lies in 16 bytes, the other register's behind it.
+struct ApartTokens {
+    static constexpr bool kPrepared = true, kDigits = false, kApart = true;
+    // A lane gives the address of every fourth line of 16 bytes for one column: the row's where the group is the column's.
+    uint32_t own, zeros[2];
+    int mine;  // which of a stage's four loads has the lane's own line; none if negative
+
+    // `all` are the rows of which one is at `row`, a multiple of 64 bytes further on.
+    __device__ __forceinline__ ApartTokens(uint32_t row, uint32_t all, uint32_t zero, int lane) {
+        const int line = lane >> 3, step = (lane & 7) - (line >> 1);
+        mine = step & 1 ? -1 : step >> 1;
+        own = row + 16 * (4 * mine + line);
+        // In other banks than the line that is not zeros.
+        const uint32_t bank = (line + 1 + ((all - zero) >> 4)) & 7;
+        zeros[0] = zero + 16 * bank, zeros[1] = zero + 16 * (bank ^ 4);
+    }
+    __device__ __forceinline__ void load(int, int) {}
+    __device__ __forceinline__ Operand operand(int stage, int b) const {
+        Operand o;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const uint32_t at = mine == 2 * b + j ? own + stage * (2 * kStage) : zeros[j];
+            load_matrices(at, o.x[4 * j], o.x[4 * j + 1], o.x[4 * j + 2], o.x[4 * j + 3]);
+        }
+        return o;
+    }
+
+    // Eight columns, a group's first or (`odd`) last, as they go into such a row: `at` is where they would lie in their order.
+    // Who moves the others must have read them.
+    static __device__ __forceinline__ void store(uint32_t at, int odd, const uint4& x) {
+        const uint32_t to = at - 8 * odd;
+        store_8(to, make_uint2(x.x, x.z)), store_8(to + 16, make_uint2(x.y, x.w));
+    }
+    // The sum of what the columns hold, in the lanes with t = 0.
+    static __device__ __forceinline__ void combine(float (&acc)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            acc[i] += __shfl_down_sync(~0u, acc[i], 2);
+            acc[i] += __shfl_down_sync(~0u, acc[i], 1);
+        }
+    }
+};
+
 // c += a (16 rows x 32, bytes, signed or not) * b (32 x 8 columns, signed bytes), in the register layout of the
 // instruction.
 template <bool kSigned>
@@ -126,7 +175,7 @@ __device__ __forceinline__ void mma_bytes(int (&c)[4], const uint32_t (&a)[4], u
 // A lone token in shared memory, as three signed digits of base 256 (decode/digits.cuh), of which columns 0, 1 and 3 of
 // the product hold one each.
 struct DigitTokens {
-    static constexpr bool kPrepared = true, kDigits = true;
+    static constexpr bool kPrepared = true, kDigits = true, kApart = false;
     uint32_t row;    // the lane's digit, and its columns of a stage
     uint32_t units;  // of a stage: what the first digit counts
     uint32_t sums;   // of a scale group, in those units
@@ -301,6 +350,41 @@ struct Ring {
         }
     }
 
+    // The same of a lone token whose scale groups have columns of their own. acc[0] and acc[2] then hold what the lane's two
+    // columns have of rows g and g + 8.
+    template <int kBlocks, class X>
+    static __device__ __forceinline__ void multiply_apart(uint32_t at, const X& tokens, int stage, int lane, float (&acc)[4]) {
+        static_assert(!kNeedsSums<Q, S> && !Q::kHalves && S::kGroups == 8 && S::kRegisters == 4, "");
+        uint4 w[kBlocks][Q::kWords];
+        Operand o[kBlocks];
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+#pragma unroll
+            for (int i = 0; i < Q::kWords; i++) w[b][i] = read_shared<uint4>(at + lane * 16 + b * Bytes::kCodes + i * 512);
+            o[b] = tokens.operand(stage, b);
+        }
+        // Of columns 2 t and 2 t + 1.
+        const uint32_t from = at + kBlocks * Bytes::kCodes + (lane >> 2) * 16 + 2 * (lane & 3);
+        const uint32_t codes[2] = {read_shared_16(from), read_shared_16(from + 8)};
+        // Two sums, as one would be a chain of eight products.
+        float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                uint32_t a[4];
+                Q::step(w[b], s, a);
+                C::mma(s % 2 == 0 ? even : odd, a, o[b].x[2 * s], o[b].x[2 * s + 1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float2 scale = S::two(codes[i]);
+            acc[2 * i] = fmaf(even[2 * i] + odd[2 * i], scale.x, acc[2 * i]);
+            acc[2 * i] = fmaf(even[2 * i + 1] + odd[2 * i + 1], scale.y, acc[2 * i]);
+        }
+    }
+
     // The same of a lone token's digits: exact products of integers, of a scale group at a time. acc: (row g, columns 2 t and
     // 2 t + 1), (row g + 8, the same).
     template <int kBlocks, class X>
@@ -364,6 +448,12 @@ struct Ring {
                     multiply_digits<2>(at + f * Bytes::kAll, m, tokens, stage, lane, acc);
                 } else if (blocks == 1) {
                     multiply_digits<1>(at + f * Bytes::kAll, m, tokens, stage, lane, acc);
+                }
+            } else if constexpr (X::kApart) {
+                if (blocks >= 2) {
+                    multiply_apart<2>(at + f * Bytes::kAll, tokens, stage, lane, acc);
+                } else if (blocks == 1) {
+                    multiply_apart<1>(at + f * Bytes::kAll, tokens, stage, lane, acc);
                 }
             } else if (blocks >= 2) {
                 multiply<kOne, 2>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);

@@ -16,7 +16,8 @@ template <Mode kMode>
 constexpr int kFirstStages = (kMode == Mode::kOne && Q::kWords < 4 ? 2 : 4) / Q::kWords;
 template <Mode kMode>
 using FirstRing = Ring<C, Q, S, kFirstStages<kMode>, 128>;
-using FirstRows = Rows<C, Q, S, Q::kLift>;
+template <Mode kMode>
+using FirstRows = Rows<C, Q, S, Q::kLift, kMode == Mode::kOne && kGroupsApart<S>>;
 
 // What the first kernel reads of the tokens: starts its way to L2. A line to a thread of the grid.
 __device__ __forceinline__ void prefetch_input(const DecodeParams& p) {
@@ -32,18 +33,21 @@ __device__ __forceinline__ void prefetch_input(const DecodeParams& p) {
 template <Mode kMode>
 __device__ __forceinline__ void first(const DecodeParams& p) {
     constexpr bool kOne = kMode == Mode::kOne, kFar = kMode == Mode::kFar, kDigits = kOne && Q::kDigits;
+    constexpr bool kApart = kOne && kGroupsApart<S>;
     using Ring = FirstRing<kMode>;
     __shared__ Jobs<kOne> jobs;
+    __shared__ __align__(16) uint32_t zeros[kApart ? 32 : 1];
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
     const uint32_t memory = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory));
     Ring ring(memory + warp * Ring::bytes(p.first_depth), p.first_depth, lane);
     const Group group(warp, p.first_split);
     const Parts<kOne> parts{memory + warps * Ring::bytes(p.first_depth)};
-    const FirstRows rows(parts.at + Parts<kOne>::bytes(warps, p.first_split), p.first.blocks, p.hidden_size, p.tokens,
+    const FirstRows<kMode> rows(parts.at + Parts<kOne>::bytes(warps, p.first_split), p.first.blocks, p.hidden_size, p.tokens,
                          p.hidden_size);
     const RowDigits digits((rows.end() + 15) & ~15u, p.first.blocks);
     if constexpr (!kFar) rows.init();
+    if (kApart && threadIdx.x < 32) zeros[threadIdx.x] = 0;
     const bool batched = kFar && p.counts != nullptr;
     const int start = batched ? blockIdx.z * kColumns : 0;
     // A unit is a slab of a job. The grid's groups take the units in turn.
@@ -138,6 +142,11 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
             auto tokens = digits.tokens(0, lane);
             run(tokens);
             digits.combine(acc);
+        } else if constexpr (kApart) {
+            const uint32_t zero = static_cast<uint32_t>(__cvta_generic_to_shared(zeros));
+            ApartTokens tokens(rows.row(0), rows.row(0), zero, lane);
+            run(tokens);
+            tokens.combine(acc);
         } else {
             // Columns that are not there repeat one that is; nobody reads their results.
             auto column = [&](int c) { return kOne ? 0 : jobs.has(unit.job, c) ? c : (int)jobs.lead[unit.job]; };

@@ -34,95 +34,52 @@ __device__ __forceinline__ void collect(const DecodeParams& p, int token, Jobs<t
     __syncthreads();
 }
 
-// For p.tokens tokens, in the order of their first pairs, of which a warp's lanes have one each: in little code, which
-// comes slowly when it runs for the first time, and without barriers but the block's at the end.
-__device__ __forceinline__ void collect_few(const DecodeParams& p, Jobs<false>& jobs) {
-    if (threadIdx.x < 32) {
-        const int i = threadIdx.x, n = p.tokens * p.topk;
-        const unsigned before = (1u << i) - 1;
-        int id = ~i, expert = -1;  // no two lanes without a pair are alike
-        if (i < n) {
-            id = p.ids[i], expert = local_expert(p, id);
-            jobs.weight[i] = p.weights[i];
-        }
-        const int token = i / p.topk, slot = i - token * p.topk;
-        unsigned same = __match_any_sync(~0u, id);
-        // A token's pairs before this one that name its expert, too.
-        const int nth = __popc(same & before & ~((1u << (i - slot)) - 1));
-        if (__any_sync(~0u, nth > 0)) same &= __match_any_sync(~0u, nth);
-        const bool leads = expert >= 0 && (same & before) == 0;
-        const unsigned leaders = __ballot_sync(~0u, leads);
-        const int at = __shfl_sync(~0u, __popc(leaders & before), __ffs(same) - 1);
-        if (leads) {
-            jobs.expert[at] = expert, jobs.lead[at] = token;
-            *reinterpret_cast<uint2*>(jobs.slot[at]) = make_uint2(~0u, ~0u);
-        }
-        if (i == 0) jobs.count = __popc(leaders);
-        __syncwarp();
-        if (expert >= 0) jobs.slot[at][token] = slot;
-    }
-    __syncthreads();
-}
-
-// For p.tokens tokens, in the order of their first pairs. Of kMaxItems threads or more; ends with a barrier of the block.
+// For p.tokens tokens, in the order of their first pairs. A warp looks at 32 pairs at a time, a lane at one: little code, as
+// it comes slowly when it runs for the first time, and no barriers but the block's at the end. The other warps bring the
+// weights.
 __device__ __forceinline__ void collect(const DecodeParams& p, Jobs<false>& jobs) {
-    if (p.tokens * p.topk <= 32) return collect_few(p, jobs);
-    __shared__ int ids[kMaxItems];
-    __shared__ __align__(16) unsigned keys[kMaxItems];
-    __shared__ unsigned leaders[kMaxItems / 32];
-    const int n = p.tokens * p.topk, i = threadIdx.x;
-    int id = -1, expert = -1, token = 0, slot = 0;
-    if (i < n) {
-        id = p.ids[i], expert = local_expert(p, id), ids[i] = id;
-        jobs.weight[i] = p.weights[i];
-        token = i / p.topk, slot = i - token * p.topk;
-    }
-    __syncthreads();
-    // Pairs of one job have the same expert, and their tokens name it as often in slots before.
-    if (i < kMaxItems) {
-        int nth = 0;
-        for (int j = i - slot; j < i; j++) nth += ids[j] == id;
-        keys[i] = expert >= 0 ? id * kMaxItems + nth : ~0u;
-    }
-    __syncthreads();
-    unsigned same[kMaxItems / 32] = {0, 0, 0, 0};
-    bool leads = false;
-    if (i < kMaxItems) {
-        const unsigned key = keys[i];
-#pragma unroll
-        for (int w = 0; w < kMaxItems / 32; w++) {
-            if (32 * w >= n) break;
-#pragma unroll
-            for (int j = 0; j < 32; j += 4) {
-                const uint4 k = *reinterpret_cast<const uint4*>(&keys[32 * w + j]);
-                same[w] |= (k.x == key ? 1u : 0u) << j | (k.y == key ? 2u : 0u) << j | (k.z == key ? 4u : 0u) << j |
-                           (k.w == key ? 8u : 0u) << j;
+    __shared__ __align__(16) unsigned keys[kMaxItems + 4];  // of the jobs so far, and a few that no pair has
+    const int n = p.tokens * p.topk;
+    if (threadIdx.x >= 32) {
+        for (int i = threadIdx.x - 32; i < n; i += blockDim.x - 32) jobs.weight[i] = p.weights[i];
+    } else {
+        const int lane = threadIdx.x;
+        const unsigned before = (1u << lane) - 1;
+        int count = 0, next = lane < n ? p.ids[lane] : 0;
+#pragma unroll 1
+        for (int start = 0; start < n; start += 32) {
+            const int i = start + lane, token = i / p.topk, slot = i - token * p.topk;
+            int id = ~i, expert = -1;  // no two lanes without a pair are alike
+            if (i < n) id = next, expert = local_expert(p, id);
+            if (i + 32 < n) next = p.ids[i + 32];
+            unsigned same = __match_any_sync(~0u, id);
+            // A token's pairs before this one that name its expert, too.
+            int nth = __popc(same & before & ~(slot <= lane ? (1u << (lane - slot)) - 1 : 0u));
+            for (int j = i - slot; j < start; j++) nth += p.ids[j] == id;
+            if (__any_sync(~0u, nth > 0)) same &= __match_any_sync(~0u, nth);
+            const unsigned key = id * kMaxItems + nth;
+            int at = -1;
+            for (int j = 0; start > 0 && j < count; j += 4) {
+                const uint4 k = *reinterpret_cast<const uint4*>(&keys[j]);
+                if (k.x == key) at = j;
+                if (k.y == key) at = j + 1;
+                if (k.z == key) at = j + 2;
+                if (k.w == key) at = j + 3;
             }
-        }
-        const int first = same[0] ? __ffs(same[0]) - 1
-                                  : same[1] ? __ffs(same[1]) + 31 : same[2] ? __ffs(same[2]) + 63 : __ffs(same[3]) + 95;
-        leads = expert >= 0 && first == i;
-        const unsigned mask = __ballot_sync(~0u, leads);
-        if ((i & 31) == 0) leaders[i / 32] = mask;
-    }
-    __syncthreads();
-    if (leads) {
-        int at = __popc(leaders[i / 32] & ((1u << (i & 31)) - 1));
-        for (int w = 0; w < i / 32; w++) at += __popc(leaders[w]);
-        jobs.expert[at] = expert, jobs.lead[at] = token;
-        *reinterpret_cast<uint2*>(jobs.slot[at]) = make_uint2(~0u, ~0u);
-#pragma unroll
-        for (int w = 0; w < kMaxItems / 32; w++) {
-            for (unsigned m = same[w]; m != 0; m &= m - 1) {
-                const int pair = 32 * w + __ffs(m) - 1, of = pair / p.topk;
-                jobs.slot[at][of] = pair - of * p.topk;
+            const bool leads = expert >= 0 && at < 0 && (same & before) == 0;
+            const unsigned leaders = __ballot_sync(~0u, leads);
+            const int fresh = __shfl_sync(~0u, count + __popc(leaders & before), __ffs(same) - 1);
+            if (at < 0) at = fresh;
+            if (leads) {
+                jobs.expert[at] = expert, jobs.lead[at] = token, keys[at] = key;
+                *reinterpret_cast<uint2*>(jobs.slot[at]) = make_uint2(~0u, ~0u);
             }
+            count += __popc(leaders);
+            if (lane < 4) keys[count + lane] = ~0u;
+            __syncwarp();
+            if (expert >= 0) jobs.slot[at][token] = slot;
         }
-    }
-    if (i == 0) {
-        int count = 0;
-        for (int w = 0; w < kMaxItems / 32; w++) count += __popc(leaders[w]);
-        jobs.count = count;
+        if (lane == 0) jobs.count = count;
     }
     __syncthreads();
 }

@@ -14,14 +14,18 @@ namespace moe {
 // Chunks of 2 KiB or so (4 for 16 bits), as rows are short.
 constexpr int kSecondStages = Q::kWords == 1 ? 2 : 1;
 using SecondRing = Ring<C, Q, S, kSecondStages, 0>;
-using SecondRows = Rows<C, Q, S, false>;
+template <Mode kMode>
+using SecondRows = Rows<C, Q, S, false, kMode == Mode::kOne && kGroupsApart<S>>;
 
 // kShared: the blocks of a cluster share several slabs' columns, all warps of a block being one group.
 template <Mode kMode, bool kShared>
 __device__ __forceinline__ void second(const DecodeParams& p) {
     constexpr bool kOne = kMode == Mode::kOne, kFar = kMode == Mode::kFar, kDigits = kOne && Q::kDigits;
+    constexpr bool kApart = kOne && kGroupsApart<S>;
     static_assert(!kShared || kMode == Mode::kNear, "");
     __shared__ Jobs<kOne> jobs;
+    __shared__ __align__(16) uint32_t zeros[kApart ? 32 : 1];
+    if (kApart && threadIdx.x < 32) zeros[threadIdx.x] = 0;
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
     const bool batched = kFar && p.counts != nullptr;
@@ -52,7 +56,7 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
     const uint32_t factors = memory + warps * ring_bytes + group.number * pairs * 64;
     const uint32_t table = factors + each * pairs * 64, sums = factors + each * pairs * 80;
     const uint32_t results = sums + warps * each * sum_bytes;
-    const SecondRows rows(kShared ? results + 4 * blockDim.x * ((1 << p.second_parts) - 1)
+    const SecondRows<kMode> rows(kShared ? results + 4 * blockDim.x * ((1 << p.second_parts) - 1)
                                   : memory + warps * ring_bytes + group.count * pairs * 64,
                           kShared ? min(chunks * kChunkBlocks, p.second.blocks - begin * kChunkBlocks) : p.second.blocks,
                           kShared ? min(chunks * kChunkBlocks * kBlock, length - skipped) : length, pairs, length);
@@ -175,9 +179,13 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
             } else if constexpr (kDigits) {
                 auto tokens = digits.tokens(row(0), lane);
                 run(tokens);
+            } else if constexpr (kApart) {
+                const uint32_t zero = static_cast<uint32_t>(__cvta_generic_to_shared(zeros));
+                ApartTokens tokens(rows.row(row(0)), rows.row(0), zero, lane);
+                run(tokens);
             } else {
                 // As if the columns before the block's were there.
-                const int ahead = 2 * skipped, sums_ahead = begin * kSecondStages * SecondRows::kGroups * 4;
+                const int ahead = 2 * skipped, sums_ahead = begin * kSecondStages * SecondRows<kMode>::kGroups * 4;
                 auto column = [&](int c) { return kOne || jobs.has(job, c) ? row(c) : row(jobs.lead[job]); };
                 auto sums_of = [&](int c) { return rows.sums(column(c)) - sums_ahead; };
                 NearTokens<S> tokens{rows.row(column(g)) - ahead, {sums_of(2 * t), sums_of(2 * t + 1)}};
@@ -195,6 +203,7 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
             acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
         }
         if constexpr (kDigits) digits.combine(out);
+        if constexpr (kApart) ApartTokens::combine(out);
         __syncwarp();
         // Where there is but one slab, the rings serve to add up, too.
         write_columns<kOne>(kShared ? sums + (s * group.size + group.rank) * sum_bytes : ring.base, lane,

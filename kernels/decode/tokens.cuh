@@ -5,7 +5,8 @@
 
 namespace moe {
 
-template <class C, class Q, class S, bool kLift>
+// kApart: a lone token's scale groups are to have columns for themselves.
+template <class C, class Q, class S, bool kLift, bool kApart>
 struct Rows {
     static constexpr bool kHalves = Q::kHalves;
     static constexpr int kGroups = S::kGroups == 0 || kHalves ? 1 : S::kGroups;  // whose sums there are, per stage
@@ -24,6 +25,15 @@ struct Rows {
     __device__ __forceinline__ uint32_t row(int i) const { return rows + i * stride; }
     __device__ __forceinline__ uint32_t sums(int i) const { return rows + count * stride + i * sum_stride; }
     __device__ __forceinline__ uint32_t end() const { return sums(count); }
+
+    // A vector of a row, where it belongs: `at` is where it would lie in the columns' order. A thread has odd or even ones.
+    static __device__ __forceinline__ void store(uint32_t at, const uint4& x) {
+        if constexpr (kApart) {
+            ApartTokens::store(at, threadIdx.x & 1, x);
+        } else {
+            store_16(at, x);
+        }
+    }
 
     // Before the first kernel's rows are sent for: zeros behind them, and the barrier. The whole block's; a barrier of the
     // block must follow before `prepare`.
@@ -117,14 +127,18 @@ struct Rows {
             __syncthreads();
             return;
         }
-        if constexpr (kLift) {
+        if constexpr (kLift || kApart) {
             for (int i = 0; i < count; i++) {
 #pragma unroll 1
                 for (int v = threadIdx.x; v < blocks * 8; v += blockDim.x) {
                     uint4 x = read_shared<uint4>(row(i) + 16 * v);
-                    x.x = C::mul(x.x, kLiftPair), x.y = C::mul(x.y, kLiftPair);
-                    x.z = C::mul(x.z, kLiftPair), x.w = C::mul(x.w, kLiftPair);
-                    store_16(row(i) + 16 * v, x);
+                    if constexpr (kLift) {
+                        x.x = C::mul(x.x, kLiftPair), x.y = C::mul(x.y, kLiftPair);
+                        x.z = C::mul(x.z, kLiftPair), x.w = C::mul(x.w, kLiftPair);
+                    }
+                    // Two lanes write where both have read.
+                    if constexpr (kApart) __syncwarp(3u << (threadIdx.x & 30));
+                    store(row(i) + 16 * v, x);
                 }
             }
         }
@@ -145,7 +159,7 @@ struct Rows {
                 }
             }
         }
-        if constexpr (kLift || kNeedsSums<Q, S>) __syncthreads();
+        if constexpr (kLift || kApart || kNeedsSums<Q, S>) __syncthreads();
     }
 
     // What a thread will load: its vectors' offsets, found before the rows are there.
@@ -198,7 +212,7 @@ struct Rows {
                     const float unit = halve(x[b]);
                     if (w.sum[b] != 0) store_4(w.sum[b], __float_as_uint(unit));
                 }
-                if (w.to[b] != 0) store_16(w.to[b], x[b]);
+                if (w.to[b] != 0) store(w.to[b], x[b]);
                 if constexpr (kNeedsSums<Q, S>) {
                     constexpr int kLanes = 16 / kGroups;
                     float sum = (C::sum_of(x[b].x) + C::sum_of(x[b].y)) + (C::sum_of(x[b].z) + C::sum_of(x[b].w));

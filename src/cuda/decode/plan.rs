@@ -191,9 +191,13 @@ impl Sizes {
         };
         let whole_blocks = place == Place::Near && half && (many || room(2));
         let long = many && place == Place::Near && self.format.codes.words() == 2;
+        let several = place == Place::Near && !half;
         let groups = match each {
             _ if whole_blocks => 1,
             _ if long => 4,
+            // A warp to a unit where that is all of a multiprocessor's units, or half of them.
+            9..=16 if several => each.next_multiple_of(2).max(12),
+            25..=32 if several => 16,
             _ if place != Place::One => 8,
             0..=2 => 2,
             5..=6 if self.format.codes.words() == 1 => 6,
@@ -236,6 +240,8 @@ impl Sizes {
             }
             Place::Near if whole_blocks => (wish, 1, if room(2) { 2 } else { 1 }),
             Place::Near if long => (wish, 1, 1),
+            // And no more warps: the second kernel's block then has room beside theirs.
+            Place::Near if groups > 8 => (groups, 2, 1),
             _ => (wish, deep, 1),
         };
         let rest = [(wish, deep, 1), (wish, 2, 1), (wish, 1, 1), (wish / 2, 2, 1), (wish / 2, 1, 1), (4, 1, 1)];

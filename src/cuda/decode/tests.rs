@@ -74,6 +74,22 @@ fn few_units_get_many_warps() {
 }
 
 #[test]
+fn a_few_tokens_units_are_all_at_work_at_once() {
+    let first = |layer, tokens| Plan::new(sizes(INT4.0, INT4.1, layer), H200, tokens).unwrap().first;
+    let shape = |layer, tokens| {
+        let f = first(layer, tokens);
+        (f.groups(), f.warps, f.depth)
+    };
+    // 1536 units for 132 multiprocessors, a warp to each; with five tokens half of them at once.
+    assert_eq!((shape(QWEN3, 2), shape(QWEN3, 5)), ((12, 12, 2), (16, 16, 2)));
+    assert_eq!((shape(DEEPSEEK_TP8, 2), shape(DEEPSEEK_TP8, 6)), ((8, 16, 2), (12, 12, 2)));
+    assert_eq!((shape(QWEN3, 4), shape(MIXTRAL, 4).0), ((8, 16, 2), 8));
+    // The second kernel's block has room beside the first's.
+    let plan = Plan::new(sizes(INT4.0, INT4.1, QWEN3), H200, 2).unwrap();
+    assert!(plan.first.shared + plan.second.shared + 2 * (1024 + STATIC_SHARED) <= 228 << 10, "{plan:?}");
+}
+
+#[test]
 fn clusters_where_multiprocessors_would_be_idle_or_rows_have_no_room() {
     let sharing = |(codes, scales), layer, tokens| {
         let plan = Plan::new(sizes(codes, scales, layer), H200, tokens).unwrap();
