@@ -26,10 +26,8 @@ struct OperandsParams {
     int planes, rows;
     int sources, copies;
     int warps;  // to a row: 1 or kWarps
-    int ahead;  // the next grid may begin before the one ahead has ended
-    int unused;
 };
-static_assert(sizeof(OperandsParams) == 80, "");
+static_assert(sizeof(OperandsParams) == 72, "");
 
 // Four lanes' four words exchanged: lane t gets word t of each.
 __device__ __forceinline__ uint4 exchanged(const uint32_t (&w)[4], int lane) {
@@ -75,9 +73,8 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
 #pragma unroll
         for (int s = 0; s < kSteps; s++) load_step(begin, s, kept[0][s]);
     }
-    if (p.ahead) release_next_grid();
     wait_for_previous_grid();
-    if (!p.ahead) release_next_grid();
+    release_next_grid();
     // The whole block where it shares a row.
     if (source >= p.sources || (p.present != nullptr && __ldcg(p.present + source) < 0)) return;
     Places places{source, 1};

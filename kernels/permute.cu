@@ -127,8 +127,7 @@ struct SpreadParams {
     int rows, topk;
     int eights;         // of 8 columns, that a token has; what the last plane has more is zeros
     int planes_count;
-    int tokens;
-    int ahead;  // as in operands.cu
+    int tokens, unused;
 };
 static_assert(sizeof(SpreadParams) == 48, "");
 
@@ -333,9 +332,8 @@ extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread(const __
     const bool exists = at < kChunks * p.planes_count;
     // Tokens were complete when the plan was begun, which is the grid ahead.
     const uint4 v = exists ? spread_chunk(p, token, at) : make_uint4(0, 0, 0, 0);
-    if (p.ahead) moe::release_next_grid();
     moe::wait_for_previous_grid();
-    if (!p.ahead) moe::release_next_grid();
+    moe::release_next_grid();
     if (!exists) return;
 #pragma unroll 4
     for (int slot = 0; slot < p.topk; slot++) {

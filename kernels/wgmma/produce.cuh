@@ -1,6 +1,5 @@
 // The warps that fill the ring: with a block's own weights, and its share of the cluster's tokens, which go to every block.
 #pragma once
-#include "early.cuh"
 #include "schedule.cuh"
 
 namespace moe {
@@ -86,21 +85,6 @@ struct Produce {
     }
 };
 
-// As many of the first task's weights as the ring has room for, ahead of the plan: how many stages.
-template <int kN>
-__device__ __forceinline__ int send_ahead(Produce<kN>& producer) {
-    const GemmParams& p = producer.p;
-    // Results are not on their way yet.
-    const Task task = first_task<kN>(p, producer.memory.staged(0), producer.lane);
-    if (task.expert < 0) return 0;
-    producer.begin(task);
-    int stage = 0;
-    for (int at = 0; at < p.depth && stage < producer.stages; at++, stage += Layout<kN>::kSpan) {
-        producer.send_weights(stage, at);
-    }
-    return stage;
-}
-
 // Two warps fill the ring, since sending for a copy takes a warp some time: one weights, which are of no other grid, so that
 // they go ahead of the wait; one tokens.
 template <int kN, bool kWeights>
@@ -108,14 +92,11 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& m
     Produce<kN> producer{p, memory, lane, stages_of(p)};
     Place place;
     if (!kWeights) wait_for_previous_grid();
-    int sent = kWeights && p.ids != nullptr ? send_ahead(producer) : 0;
     for (int n = 0;; n++) {
         const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
         producer.begin(task);
         for (int stage = 0; stage < producer.stages; stage += Layout<kN>::kSpan, place.next(p.depth)) {
-            // Not even looked at: what was sent ahead may be free again.
-            if (stage < sent) continue;
             barrier_wait(memory.free(place.at), place.round ^ 1);
             if (kWeights) {
                 producer.send_weights(stage, place.at);
@@ -124,7 +105,6 @@ __device__ __forceinline__ void produce(const GemmParams& p, const Layout<kN>& m
                 __syncwarp();
             }
         }
-        sent = 0;
     }
 }
 

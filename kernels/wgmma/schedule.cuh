@@ -34,30 +34,46 @@ __device__ __forceinline__ Task take(const Layout<kN>& memory, int n, int lane) 
     const int at = place_of<kTasks>(n);
     barrier_wait(memory.task_full(at), round_of<kTasks>(n));
     const uint4 v = read_shared<uint4>(memory.task(at));
-    const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };
-    const Task task = {number(v.x), number(v.y), number(v.z & 0xffff), number(v.w), number(v.z) >> 16 != 0};
-    // Only now, when all lanes have what they read.
+    // All lanes have read when the arrival is made, and what is written next comes from another block, a long way off.
+    __syncwarp();
     if (lane == 0) barrier_arrive_remote(memory.task_free(at), 0);
-    return task;
+    const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };
+    return {number(v.x), number(v.y), number(v.z & 0xffff), number(v.w), number(v.z) >> 16 != 0};
 }
 
-// The place of a cluster's nth task in the order of all. Where tasks are asked for, clusters that had small ones get more:
-// the next one when the last has been begun, for what is asked for early is not shared out evenly.
+// A cluster's tasks in turn: which they are, a warp finds out 32 at a time.
+class InTurn {
+    Task mine;
+    int begin = -1;
+
+public:
+    __device__ __forceinline__ Task nth(const GemmParams& p, int n, int lane) {
+        if (begin < 0 || n == begin + 32) {
+            begin = n;
+            mine = task_of(p, blockIdx.x / kCluster + (n + lane) * (gridDim.x / kCluster));
+        }
+        const auto from = [&](int x) { return __shfl_sync(~0u, x, n - begin); };
+        return {from(mine.expert), from(mine.start), from(mine.count), from(mine.row_tile), from(mine.once) != 0};
+    }
+};
+
+// Where tasks are asked for, clusters that had small ones get more. The next one when the last has been begun, for what is
+// asked for early is not shared out evenly.
 template <int kN>
-__device__ __forceinline__ int ask(const GemmParams& p, const Layout<kN>& memory, int n, int lane) {
+__device__ __forceinline__ Task ask(const GemmParams& p, const Layout<kN>& memory, int n, int lane) {
     const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
-    if (n == 0 || p.taken == nullptr) return cluster + n * clusters;
+    if (n == 0) return task_of(p, cluster);
     barrier_wait(memory.task_free(place_of<kTasks>(n - 1)), round_of<kTasks>(n - 1));
-    return clusters + uniform(lane == 0 ? static_cast<int>(atomicAdd(p.taken, 1u)) : 0);
+    return task_of(p, clusters + uniform(lane == 0 ? static_cast<int>(atomicAdd(p.taken, 1u)) : 0));
 }
 
 // By a warp of the cluster's first block: its tasks, to all blocks. The list of tiles is of a grid that ended before the one
-// ahead was let past its own wait, unless that one lets this begin earlier.
+// ahead was let past its own wait.
 template <int kN>
 __device__ __forceinline__ void share_out(const GemmParams& p, const Layout<kN>& memory, int lane) {
-    if (p.ids != nullptr) wait_for_previous_grid();
+    InTurn in_turn;
     for (int n = 0;; n++) {
-        const Task task = task_of(p, ask(p, memory, n, lane));
+        const Task task = p.taken != nullptr ? ask(p, memory, n, lane) : in_turn.nth(p, n, lane);
         const int at = place_of<kTasks>(n);
         barrier_wait(memory.task_free(at), round_of<kTasks>(n) ^ 1);
         if (lane == 0) barrier_expect(memory.task_full(at), kTaskBytes);

@@ -29,13 +29,9 @@ struct GemmParams {
     int unused;
     float* out_scales;   // of the first kind: the result is planes of codes, and these their scales, [planes][count]; or null
     unsigned* taken;     // how many tasks were asked for, 0 at first; or null: clusters take them in turn
-    const int* ids;      // what the plan is made of, known before this grid may begin: [assignments], global; or null
-    const int* map;      // [experts] global to local, or null
-    int assignments, experts, local_experts;
-    int unused2;
 };
 // src/cuda/wgmma.rs has the same.
-static_assert(sizeof(GemmParams) == 192, "");
+static_assert(sizeof(GemmParams) == 160, "");
 
 // A block's rows are four slabs of 16 for each warpgroup that multiplies; the blocks of a cluster have neighbouring rows
 // and the same tokens, which are read once for all of them.
@@ -112,27 +108,17 @@ struct Task {
     bool once;  // whether no other tile of tokens reads these weights
 };
 
-// Of an expert with `of` tiles, the first of them the `first` of all, what stands at a place in the order of all tasks: a part
-// of its rows and a tile. Its tiles of one part stand next to each other, so that its weights are read from memory once and
-// for the other tiles from L2.
-struct Part {
-    int row_tile, nth;
-};
-__device__ __forceinline__ Part part_of(const GemmParams& p, int place, int first, int of) {
-    const int local = place - first * p.row_tiles, row_tile = local / of;
-    return {row_tile, local - row_tile * of};
-}
-
-// A cluster's task by its place in the order of all, for its first block; expert -1 for none.
+// A cluster's task by its place in the order of all, for rank 0; expert -1 for none. An expert's tiles of one part of the
+// matrix stand next to each other, so that its weights are read from memory once and for the other tiles from L2.
 __device__ __forceinline__ Task task_of(const GemmParams& p, int place) {
     const int at = place / p.row_tiles;
     if (at >= p.max_tiles) return {-1, 0, 0, 0, false};
     int4 tile = __ldcg(p.tiles + at);
     if (tile.x < 0) return {-1, 0, 0, 0, false};
     const int nth = tile.w & 0xffff, of = tile.w >> 16, first = at - nth;
-    const Part part = part_of(p, place, first, of);
-    if (part.nth != nth) tile = __ldcg(p.tiles + first + part.nth);
-    return {tile.x, tile.y, tile.z, part.row_tile * kCluster, of == 1};
+    const int local = place - first * p.row_tiles, row_tile = local / of, wanted = local - row_tile * of;
+    if (wanted != nth) tile = __ldcg(p.tiles + first + wanted);
+    return {tile.x, tile.y, tile.z, row_tile * kCluster, of == 1};
 }
 
 __device__ __forceinline__ int stages_of(const GemmParams& p) { return (p.weights.blocks + kBlocks - 1) / kBlocks; }

@@ -47,8 +47,6 @@ pub(super) struct OrderedPlanes {
     pub present: u64,
     /// The scale of static keys that all rows share, f32; or 0.
     pub stored: u64,
-    /// Whether the next kernel may start before the one ahead of this one has ended: it sees to what it reads.
-    pub ahead: bool,
 }
 
 /// As in kernels/operands.cu.
@@ -67,11 +65,9 @@ struct OperandsParams {
     sources: i32,
     copies: i32,
     warps: i32,
-    ahead: i32,
-    unused: i32,
 }
 
-const _: () = assert!(size_of::<OperandsParams>() == 80);
+const _: () = assert!(size_of::<OperandsParams>() == 72);
 
 /// Quantises rows of one length to 8-bit codes.
 pub(super) struct Operands {
@@ -130,8 +126,6 @@ impl Operands {
             sources: sources as i32,
             copies: to.copies as i32,
             warps: if many { 1 } else { WARPS as i32 },
-            ahead: i32::from(to.ahead),
-            unused: 0,
         };
         let blocks = if many { sources.div_ceil(WARPS) } else { sources };
         let launch = Launch::new(blocks as u32, 32 * WARPS as u32).overlap(true);

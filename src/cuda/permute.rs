@@ -80,7 +80,7 @@ struct SpreadParams {
     eights: i32,
     planes_count: i32,
     tokens: i32,
-    ahead: i32,
+    unused: i32,
 }
 
 /// As `CombineParams` in kernels/permute.cu.
@@ -327,7 +327,7 @@ impl Permute {
             eights: (self.config.hidden / 8) as i32,
             planes_count: to.count as i32,
             tokens: tokens as i32,
-            ahead: i32::from(to.ahead),
+            unused: 0,
         };
         let (kernel, blocks) = match to.present {
             0 => (&self.spread, tokens),

@@ -28,8 +28,6 @@ const ENTRIES: [&str; TILES.len()] = ["moe_wgmma_64", "moe_wgmma_128", "moe_wgmm
 /// (token, slot) pairs that go through one pass.
 const MAX_ASSIGNMENTS: usize = 1 << 18;
 
-/// Up to so many (token, slot) pairs every block finds out by itself whose weights it reads first.
-const FEW_ASSIGNMENTS: usize = 1 << 10;
 /// Planes of a row at most, so that sums of int8 products stay below 2^31.
 const MAX_PLANES: usize = 1 << 10;
 /// Experts' rows begin at multiples of this: what of a plane is exchanged.
@@ -59,16 +57,10 @@ struct GemmParams {
     unused: i32,
     out_scales: u64,
     taken: u64,
-    ids: u64,
-    map: u64,
-    assignments: i32,
-    experts: i32,
-    local_experts: i32,
-    unused2: i32,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 192);
+const _: () = assert!(size_of::<GemmParams>() == 160);
 
 /// `Kind` in kernels/wgmma/task.cuh.
 const FIRST: i32 = 0;
@@ -93,15 +85,7 @@ impl Input {
 
     /// Planes of so many rows.
     fn to(&self, rows: usize) -> OrderedPlanes {
-        OrderedPlanes {
-            count: self.planes,
-            rows,
-            places: 0,
-            copies: 0,
-            present: 0,
-            stored: self.stored.1,
-            ahead: false,
-        }
+        OrderedPlanes { count: self.planes, rows, places: 0, copies: 0, present: 0, stored: self.stored.1 }
     }
 
     fn bytes(&self, rows: usize) -> Option<usize> {
@@ -379,11 +363,6 @@ impl Wgmma {
         let [first, down] = &self.inputs;
         let quantised = first.quantizer.is_some();
         let requantises = self.requantises && tile == plan::REQUANTISING_TILE;
-        // The first projection reads weights while the plan is made, where the ids are few.
-        let (ids, map) = match call.source {
-            Source::Ids { ids, map, .. } if assignments <= FEW_ASSIGNMENTS => (ids, map),
-            _ => (0, 0),
-        };
         let common = GemmParams {
             rows,
             tiles: list,
@@ -402,11 +381,6 @@ impl Wgmma {
             planes: i32::from(!quantised),
             out_scales: if requantises { down.scales_at(second, count) } else { 0 },
             taken: taken(0),
-            ids,
-            map,
-            assignments: assignments as i32,
-            experts: c.experts as i32,
-            local_experts: c.local_experts as i32,
             ..self.with_input(common, first, x)
         };
         let down_params = GemmParams {
@@ -428,7 +402,7 @@ impl Wgmma {
             let plan =
                 Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, stored, scales, taken, scratch: x };
             self.permute.plan(stream, call.source, plan)?;
-            let to = OrderedPlanes { places, copies: call.copies, present, ahead: ids != 0, ..first.to(count) };
+            let to = OrderedPlanes { places, copies: call.copies, present, ..first.to(count) };
             match &first.quantizer {
                 None => self.permute.spread(stream, call.hidden, x, to, call.sources)?,
                 Some(q) => q.run(stream, call.hidden, x, gate_up.scales, to, call.sources)?,

@@ -122,10 +122,12 @@ impl Load {
 
 impl Layer {
     /// By projection and tile, whether clusters ask for tasks instead of taking them in turn: that shares experts of different
-    /// size out evenly (10 % at 256 tokens an expert), but the next task is known late.
+    /// size out evenly (10 % at 256 tokens an expert), but the next task is known late. With the smallest tile all tasks take
+    /// the time that their weights need.
     pub fn asks(&self) -> [[bool; TILES.len()]; 2] {
         self.projections.map(|p| {
-            std::array::from_fn(|tile| p.stages as f64 * self.stage_us(tile, 0.75 * TILES[tile] as f64, 1) >= ASK_US)
+            let task_us = |tile| p.stages as f64 * self.stage_us(tile, 0.75 * TILES[tile] as f64, 1);
+            std::array::from_fn(|tile| tile > 0 && task_us(tile) >= ASK_US)
         })
     }
 

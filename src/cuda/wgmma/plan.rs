@@ -212,6 +212,7 @@ mod tests {
             "kMaxDepth = 16;",
             "kPiece = 32;",
             "kTasks = 4, kFacts = 2;",
+            "kTaskBytes = 16;",
             "kStaged = 2 * kPiece * 128;",
             "kFactBytes = 8 * (kN + kRows);",
             "kRequantises = kBlockScales && kN <= 64;",
