@@ -71,8 +71,6 @@ unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job
     let mut x: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
     // Of the panel and of the group: in memory, since the registers are the block's.
     let (mut acc, mut sum) = (Sums([[0f32; PANEL]; M]), Sums([[0f32; PANEL]; M]));
-    // The first tile does so for all. (With eight lanes lines would be asked for twice.)
-    let fetch = t == 0 && I::LANES == 16;
     let mut k = 0;
     while k < cols {
         let len = group.min(cols - k);
@@ -82,7 +80,7 @@ unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job
         let mut left = len;
         while left > 0 {
             let steps = BLOCK.min(left).div_ceil(STEP_4BIT);
-            let mut at = Place { p, x: &x, scale, scales, zeros, sum: &mut sum.0, acc: &mut acc.0, fetch };
+            let mut at = Place { p, x: &x, scale, scales, zeros, sum: &mut sum.0, acc: &mut acc.0 };
             // The common sizes are unrolled.
             match (steps, left == len, left <= BLOCK) {
                 (4, true, true) => at.rows::<I, F, V, 4, SINGLE>(4),
@@ -138,8 +136,6 @@ struct Place<'a, const M: usize> {
     sum: &'a mut [[f32; PANEL]; M],
     /// Of the panel.
     acc: &'a mut [[f32; PANEL]; M],
-    /// Whether several tokens ask for memory, as a lone one does anyway.
-    fetch: bool,
 }
 
 impl<const M: usize> Place<'_, M> {
@@ -159,7 +155,7 @@ impl<const M: usize> Place<'_, M> {
             for x in &mut x {
                 *x = I::anew(*x);
             }
-            let sums = dot::<I, F, M, V>(steps, self.p.add(4 * row), &x, self.fetch);
+            let sums = dot::<I, F, M, V>(steps, self.p.add(4 * row), &x);
             let mut y = [[I::splat(0.0); V]; M];
             for m in 0..M {
                 let scale = I::splat(x[m].cast::<f32>().read());
@@ -197,20 +193,20 @@ impl<const M: usize> Place<'_, M> {
 ///
 /// # Safety
 ///
-/// As for [`tile`]; `p` is the codes of the first row in the block's first step, each of `x` the block's form. `fetch` as in
-/// [`Place`].
+/// As for [`tile`]; `p` is the codes of the first row in the block's first step, each of `x` the block's form.
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
 unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
     steps: usize,
     p: *const u8,
     x: &[*const u8; M],
-    fetch: bool,
 ) -> [[[I::Products; PARTS]; V]; M] {
     let mut sums = [[[I::no_products(); PARTS]; V]; M];
     for step in 0..steps {
         let p = p.add(step * STEP_BYTES);
-        if M == 1 || fetch {
+        // With eight lanes several tokens would ask for lines twice. Of many tokens every tile asks, though the first would do:
+        // a choice between tiles costs a quarter of the speed.
+        if M == 1 || I::LANES == 16 {
             for line in (0..4 * V * I::LANES).step_by(64) {
                 I::prefetch(p.wrapping_add(FAR + line));
             }
