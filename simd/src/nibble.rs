@@ -204,7 +204,9 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
     let mut sums = [[[I::no_products(); PARTS]; V]; M];
     for step in 0..steps {
         let p = p.add(step * STEP_BYTES);
-        if M == 1 {
+        // With eight lanes several tokens would ask for lines twice. Of many tokens every tile asks, though the first would do:
+        // a choice between tiles costs a quarter of the speed.
+        if M == 1 || I::LANES == 16 {
             for line in (0..4 * V * I::LANES).step_by(64) {
                 I::prefetch(p.wrapping_add(FAR + line));
             }

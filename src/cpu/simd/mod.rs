@@ -13,8 +13,8 @@
 //! integers (4-bit weights that do not go the way above, int8 activations) do not depend on the instruction set either.
 
 mod codes;
-mod lone;
 mod pack;
+mod panels;
 mod run;
 #[cfg(test)]
 mod tests;

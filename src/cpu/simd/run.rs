@@ -3,11 +3,12 @@
 //!
 //! That tasks do not race rests on what [`Executor::run`] promises: each index once, all done when it returns.
 
-use super::{Projection, SimdExperts, lone};
+use super::panels::PANELS;
+use super::{Projection, SimdExperts};
 use crate::cpu::{Executor, Experts, ExpertsCall, Segment, SingleThread, padded};
 use crate::platform::CpuIsa;
 use moe_oracle_simd::format::{Form, PANEL};
-use moe_oracle_simd::kernel::{CHUNK, Job};
+use moe_oracle_simd::kernel::Job;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -209,63 +210,6 @@ impl SimdExperts {
         // SAFETY: `new` checked the instruction set.
         unsafe { (self.down.form)(mid, None, &self.down.shape, row) };
     }
-
-    /// Rows `panel * 32 ..` of gate and up and the activation, for the assignments of a segment, some at a time.
-    fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts) {
-        let expert = segment.expert as usize;
-        let orders = &self.orders[expert];
-        let bytes = self.panels(expert, panel..panel + 1, false);
-        let (gate_panel, up_panel) = bytes.split_at(bytes.len() - self.up.panel_bytes);
-        let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let (mut gate, mut up) = ([[0f32; PANEL]; CHUNK], [[0f32; PANEL]; CHUNK]);
-        for at in (start..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - at);
-            let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
-                let mut x = [std::ptr::null::<f32>(); CHUNK];
-                for (i, x) in x[..n].iter_mut().enumerate() {
-                    *x = self.input(call, p, order, at + i, from);
-                }
-                x
-            };
-            if let Some(g) = &self.gate {
-                let x = input(g, &orders.gate, if self.shared_input() { parts.up } else { parts.gate });
-                // SAFETY: `x` holds rows as `input` promises.
-                unsafe { multiply(g, gate_panel, &x[..n], &mut gate[..n]) };
-            }
-            let x = input(&self.up, &orders.up, parts.up);
-            // SAFETY: as for gate.
-            unsafe { multiply(&self.up, up_panel, &x[..n], &mut up[..n]) };
-            for i in 0..n {
-                let mut mid = [0f32; PANEL];
-                // SAFETY: `new` checked the instruction set.
-                unsafe { (self.activate)(self.activation, &gate[i], &up[i], &mut mid) };
-                self.write_mid(&mid, panel, orders.down.as_deref(), parts.mid.row(at + i));
-            }
-        }
-    }
-
-    /// Rows `panel * 32 ..` of down, for the assignments of a segment, some at a time.
-    fn second(&self, call: &ExpertsCall<'_>, segment: &Segment, panel: usize, parts: &Parts, output: Shared) {
-        let bytes = self.panels(segment.expert as usize, panel..panel + 1, true);
-        let hidden = self.hidden();
-        let from = self.formed_mid(parts);
-        let rows = PANEL.min(hidden - panel * PANEL);
-        let (start, end) = (segment.start as usize, (segment.start + segment.len) as usize);
-        let mut out = [[0f32; PANEL]; CHUNK];
-        for at in (start..end).step_by(CHUNK) {
-            let n = CHUNK.min(end - at);
-            let mut x = [std::ptr::null::<f32>(); CHUNK];
-            for (i, x) in x[..n].iter_mut().enumerate() {
-                *x = from.row(at + i);
-            }
-            // SAFETY: `x` holds rows of scratch, of which the phases before wrote all I columns or the whole
-            // form, and which nobody writes in this phase.
-            unsafe { multiply(&self.down, bytes, &x[..n], &mut out[..n]) };
-            for (a, out) in call.assignments[at..at + n].iter().zip(&out) {
-                write_row(output.row(a.output_row as usize, hidden).wrapping_add(panel * PANEL), &out[..rows]);
-            }
-        }
-    }
 }
 
 /// Writes part of a row of the output.
@@ -292,7 +236,7 @@ pub(super) unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], ou
 
 /// Runs `task` for all panels of all segments, several at a time where enough tasks for all threads are left.
 fn tasks(call: &ExpertsCall<'_>, panels: usize, pool: &dyn Executor, task: &(dyn Fn(&Segment, Range<usize>) + Sync)) {
-    let each = (call.segments.len() * panels / (TASKS_PER_THREAD * pool.threads().max(1))).clamp(1, lone::PANELS);
+    let each = (call.segments.len() * panels / (TASKS_PER_THREAD * pool.threads().max(1))).clamp(1, PANELS);
     let parts = panels.div_ceil(each);
     pool.run(call.segments.len() * parts, &|i| {
         let start = i % parts * each;
@@ -322,16 +266,12 @@ impl Experts for SimdExperts {
             let inputs = self.common_rows(&call).unwrap_or(n);
             rows(inputs, self.hidden(), &|i| self.prepare(&call, i, &parts));
         }
-        tasks(&call, self.up.shape.panels(), pool, &|segment, panels| match segment.len {
-            1 => self.first_alone(&call, segment, panels, &parts),
-            _ => panels.into_iter().for_each(|panel| self.first(&call, segment, panel, &parts)),
-        });
+        tasks(&call, self.up.shape.panels(), pool, &|segment, panels| self.first(&call, segment, panels, &parts));
         if parts.formed_mid.stride > 0 {
             rows(n, self.intermediate(), &|a| self.form_mid(a, &parts));
         }
-        tasks(&call, self.down.shape.panels(), pool, &|segment, panels| match segment.len {
-            1 => self.second_alone(&call, segment, panels, &parts, output),
-            _ => panels.into_iter().for_each(|panel| self.second(&call, segment, panel, &parts, output)),
+        tasks(&call, self.down.shape.panels(), pool, &|segment, panels| {
+            self.second(&call, segment, panels, &parts, output);
         });
     }
 

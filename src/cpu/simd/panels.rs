@@ -1,0 +1,108 @@
+//! Panels of an expert times its tokens, several panels in one call of the kernel where the tokens are few: between two calls
+//! the processor runs out of loads that are under way, and a panel of one token takes but a microsecond or two.
+
+use super::run::{Parts, Scratch, Shared, multiply, write_row};
+use super::{Projection, SimdExperts};
+use crate::cpu::{Experts, ExpertsCall, Segment};
+use moe_oracle_simd::format::PANEL;
+use moe_oracle_simd::kernel::CHUNK;
+use std::ops::Range;
+
+/// Panels of a matrix that a task takes at most.
+pub(super) const PANELS: usize = 8;
+
+/// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least.
+const ROWS: usize = 4 * CHUNK;
+
+/// Parts of some panels times the tokens of a segment, whose results, `each` rows for a token and a panel, have room.
+fn parts(segment: &Segment, panels: Range<usize>, each: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let (start, len) = (segment.start as usize, segment.len as usize);
+    // A panel that several calls need stays in the cache meanwhile.
+    let at_once = if len > CHUNK { 1 } else { ROWS / (each * len) };
+    let end = panels.end;
+    panels.step_by(at_once).flat_map(move |panel| {
+        let panels = panel..end.min(panel + at_once);
+        (start..start + len).step_by(CHUNK).map(move |at| (at..(start + len).min(at + CHUNK), panels.clone()))
+    })
+}
+
+/// Pointers to the rows of up to [`CHUNK`] tokens.
+fn rows(tokens: Range<usize>, row: impl Fn(usize) -> *const f32) -> [*const f32; CHUNK] {
+    let mut x = [std::ptr::null(); CHUNK];
+    x.iter_mut().zip(tokens).for_each(|(x, token)| *x = row(token));
+    x
+}
+
+impl SimdExperts {
+    /// Rows of gate and up and the activation, of these panels.
+    pub(super) fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panels: Range<usize>, to: &Parts) {
+        let expert = segment.expert as usize;
+        let orders = &self.orders[expert];
+        // Gate and up panels alternate.
+        let each = if self.gate.is_some() { 2 } else { 1 };
+        let mut room = [[0f32; PANEL]; ROWS];
+        for (tokens, panels) in parts(segment, panels, each) {
+            let n = tokens.len();
+            let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
+                rows(tokens.clone(), |a| self.input(call, p, order, a, from))
+            };
+            let x = input(&self.up, &orders.up, to.up);
+            let bytes = self.panels(expert, panels.clone(), false);
+            let sums = &mut room[..each * panels.len() * n];
+            match &self.gate {
+                Some(gate) if !self.together => {
+                    let gate_x = input(gate, &orders.gate, if self.shared_input() { to.up } else { to.gate });
+                    let pairs = bytes.chunks_exact(gate.panel_bytes + self.up.panel_bytes);
+                    for (bytes, sums) in pairs.zip(sums.chunks_exact_mut(2 * n)) {
+                        let (gate_panel, up_panel) = bytes.split_at(gate.panel_bytes);
+                        let (gate_sums, up_sums) = sums.split_at_mut(n);
+                        // SAFETY: both are rows as `input` promises.
+                        unsafe { multiply(gate, gate_panel, &gate_x[..n], gate_sums) };
+                        // SAFETY: as above.
+                        unsafe { multiply(&self.up, up_panel, &x[..n], up_sums) };
+                    }
+                }
+                // SAFETY: as above; gate, where there is one, has up's shape and reads what up reads.
+                _ => unsafe { multiply(&self.up, bytes, &x[..n], sums) },
+            }
+            for (panel, sums) in panels.zip(sums.chunks_exact(each * n)) {
+                let (gate, up) = sums.split_at((each - 1) * n);
+                for (i, up) in up.iter().enumerate() {
+                    let mut mid = [0f32; PANEL];
+                    // SAFETY: `new` checked the instruction set.
+                    unsafe { (self.activate)(self.activation, gate.get(i).unwrap_or(&[0f32; PANEL]), up, &mut mid) };
+                    self.write_mid(&mid, panel, orders.down.as_deref(), to.mid.row(tokens.start + i));
+                }
+            }
+        }
+    }
+
+    /// Rows of down, of these panels.
+    pub(super) fn second(
+        &self,
+        call: &ExpertsCall<'_>,
+        segment: &Segment,
+        panels: Range<usize>,
+        from: &Parts,
+        output: Shared,
+    ) {
+        let (hidden, mid) = (self.hidden(), self.formed_mid(from));
+        let mut room = [[0f32; PANEL]; ROWS];
+        for (tokens, panels) in parts(segment, panels, 1) {
+            let n = tokens.len();
+            let x = rows(tokens.clone(), |a| mid.row(a).cast_const());
+            let bytes = self.panels(segment.expert as usize, panels.clone(), true);
+            let out = &mut room[..panels.len() * n];
+            // SAFETY: `x` holds rows of scratch, of which the phases before wrote all I columns or the whole form, and which
+            // nobody writes in this phase.
+            unsafe { multiply(&self.down, bytes, &x[..n], out) };
+            for (panel, out) in panels.zip(out.chunks_exact(n)) {
+                let start = panel * PANEL;
+                for (a, out) in call.assignments[tokens.clone()].iter().zip(out) {
+                    let to = output.row(a.output_row as usize, hidden).wrapping_add(start);
+                    write_row(to, &out[..PANEL.min(hidden - start)]);
+                }
+            }
+        }
+    }
+}
