@@ -308,6 +308,17 @@ mod tests {
     }
 
     #[test]
+    fn long_tasks_of_different_size_are_asked_for() {
+        // As measured: faster, or as fast, where true; slower where false.
+        let of = |kind, hidden, intermediate| layer(kind, 128, hidden, intermediate).asks();
+        let (qwen3, deepseek) = ([false, true, true], [false; 3]);
+        assert_eq!(of(Kind::Half, 2048, 768), [qwen3, qwen3]);
+        assert_eq!(of(Kind::Fp8Block, 2048, 768), [qwen3, [false, false, true]]);
+        assert_eq!(of(Kind::Int8, 7168, 256), [qwen3, deepseek]);
+        assert_eq!(of(Kind::Half, 7168, 256)[1], deepseek);
+    }
+
+    #[test]
     fn experts_tokens_are_distributed_binomially() {
         for (tokens, chance) in [(1, 0.25), (7, 0.9), (300, 0.0625), (4096, 0.03125), (40, 1.0), (0, 0.5)] {
             let (mut all, mut mean, mut square) = (0.0, 0.0, 0.0);
