@@ -226,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     moe::wait_for_previous_grid();
     moe::release_next_grid();
     // Few ids are read once.
-    const bool few = p.counts == nullptr && p.assignments <= kThreads;
+    const bool few = p.counts == nullptr && p.parts == nullptr && p.assignments <= kThreads;
     int own = -1;
     if (few) {
         if (t < p.assignments) own = moe::local_expert(p.ids[t], p.map, p.experts, p.local_experts);
