@@ -202,11 +202,12 @@ pub struct MoeConfig {
     pub format: ActivationFormat,
     /// A token's result must not depend on the other tokens of its batch.
     pub batch_invariant: bool,
-    /// Sums of e4m3 products may stay in Hopper's tensor cores, where scales are per row and tensor: up to 1.3 times as fast
-    /// for many tokens, and what CUTLASS's "FastAccum" and Triton's kernels do. These sums keep some 13 bits: results are off
-    /// by 0.2 to 0.4 percent for weights and tokens of either sign (quantising a token to e4m3 costs 2 to 3), but where nearly
-    /// all products have the same sign by 1 percent for 768 columns, 5 for 4096 and 13 for 14336. Otherwise every 128 columns'
-    /// sums are added up in float32. Of `cuda_wgmma` only; other kernels do not lose these bits.
+    /// Sums of e4m3 products may stay in Hopper's tensor cores, where scales are per row and tensor: on an H200 up to 17
+    /// percent faster with many tokens (benches/RESULTS.md), and what CUTLASS's "FastAccum" and Triton's kernels do. These
+    /// sums keep some 13 bits: results are off by 0.2 to 0.4 percent for weights and tokens of either sign (quantising a
+    /// token to e4m3 costs 2 to 3), but where nearly all products have the same sign by 1 percent for 768 columns, 5 for 4096
+    /// and 13 for 14336. Otherwise every 128 columns' sums are added up in float32. Of `cuda_wgmma` only; other kernels do not
+    /// lose these bits.
     pub fast_accum: bool,
     /// LoRA adapters on the experts.
     pub lora: bool,

@@ -1,5 +1,6 @@
 // What is multiplied: MOE_KIND is 16 for the 16-bit type, 8 for e4m3, 9 for the same with sums that stay in the tensor
-// cores, 128 for e4m3 with scales that change every 128 columns, 1 for int8. kernels/common/format.cuh says how weights are packed.
+// cores, 128 for e4m3 with scales that change every 128 columns, 1 for int8. kernels/common/format.cuh says how weights are
+// packed.
 #pragma once
 #include "common/activation.cuh"
 #include "common/compute.cuh"

@@ -34,7 +34,8 @@ __device__ __forceinline__ Task take(const Layout<kN>& memory, int n, int lane) 
     const int at = place_of<kTasks>(n);
     barrier_wait(memory.task_full(at), round_of<kTasks>(n));
     const uint4 v = read_shared<uint4>(memory.task(at));
-    // All lanes have read when the arrival is made, and what is written next comes from another block, a long way off.
+    // All lanes' reads have been sent for when the arrival is, which is what the next task waits for on its way here: it is
+    // written by the engine between blocks, also to the block that sends it.
     __syncwarp();
     if (lane == 0) barrier_arrive_remote(memory.task_free(at), 0);
     const auto number = [](uint32_t x) { return uniform(static_cast<int>(x)); };

@@ -123,6 +123,11 @@ pub fn run(args: Args) -> Outcome {
     if args.skew > 0.0 {
         session.notes.push(format!("tokens choose experts by Zipf's law with exponent {}", args.skew));
     }
+    if args.fast_accum {
+        session
+            .notes
+            .push("fp8 with scales per channel or tensor leaves its sums in a Hopper GPU's tensor cores".into());
+    }
     let report = match args.device.open()? {
         Opened::Cpu => cpu::run(&args, &mut session)?,
         #[cfg(feature = "cuda")]
