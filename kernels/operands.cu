@@ -38,6 +38,11 @@ __device__ __forceinline__ uint4 exchanged(const uint32_t (&w)[4], int lane) {
     return upper ? make_uint4(c, d, n[2], n[3]) : make_uint4(n[0], n[1], c, d);
 }
 
+// Without an inverse where there are no codes.
+__device__ __forceinline__ Divisor coded(const Divisor& by, const Scale& scale) {
+    return {by.power, by.scale, has_codes(scale) ? by.inverse : 0.f};
+}
+
 // The row's places: lane i has the ith.
 struct Places {
     int mine, count;
@@ -120,30 +125,43 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
         }
     }
 
+    // Of the lane's columns of each step: what divides them, which has no inverse where they have no codes.
+    const auto divisors_of = [&](int time, const Raw<T> (&raw)[kSteps], Divisor (&of)[kSteps]) {
+        if constexpr (K::kGroup == 0) {
+            of[0] = of[1] = coded(divisor_of(scale), scale);
+        } else {
+            // Sixteen lanes share a scale: eight of them find that of the first step's columns, eight that of the second's.
+            static_assert(K::kGroup == 16 * CHUNK && kSteps == 2, "");
+            const bool second = lane & 8;
+            const uint32_t first_top = one<T>(largest(raw[0])), second_top = one<T>(largest(raw[1]));
+            uint32_t top = __shfl_xor_sync(~0u, second ? first_top : second_top, 8);
+            top = max(top, second ? second_top : first_top);
+#pragma unroll
+            for (int step = 1; step < 8; step *= 2) top = max(top, __shfl_xor_sync(~0u, top, step));
+            const Scale mine = group_scale<K>(top, 1.f);
+            // The group's first one: it may end before this lane's.
+            const int column = ((kSteps * time + second) * 32 + (lane & 16)) * CHUNK;
+            float* scales = p.scales + static_cast<int64_t>(column / K::kGroup) * p.rows;
+            places.for_each([&](int row) {
+                if (lane % 8 == 0 && column < p.columns) scales[row] = mine.value;
+            });
+            const Divisor own = coded(divisor_of(mine), mine);
+            const auto other = [&](float x) { return __shfl_xor_sync(~0u, x, 8); };
+            const Divisor theirs = {other(own.power), other(own.scale), other(own.inverse)};
+            of[0] = second ? theirs : own, of[1] = second ? own : theirs;
+        }
+    };
     // A lane's 16 bytes of codes: lane t of four has the first or second of 32 columns of either step.
-    const auto codes_of = [&](int time, const Raw<T> (&raw)[kSteps], const Scale& scale) {
+    const auto codes_of = [&](int time, const Raw<T> (&raw)[kSteps], const Divisor (&by)[kSteps]) {
         uint32_t words[4];
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
             words[2 * s] = words[2 * s + 1] = 0;
             if ((kSteps * time + s) * 32 * CHUNK >= p.columns) continue;
-            Scale of = scale;
-            if constexpr (K::kGroup > 0) {
-                constexpr int kLanes = K::kGroup / CHUNK;
-                uint32_t top = one<T>(largest(raw[s]));
-#pragma unroll
-                for (int step = 1; step < kLanes; step *= 2) top = max(top, __shfl_xor_sync(~0u, top, step));
-                of = group_scale<K>(top, 1.f);
-                const int column = ((kSteps * time + s) * 32 + lane) * CHUNK;
-                float* scales = p.scales + static_cast<int64_t>(column / K::kGroup) * p.rows;
-                places.for_each([&](int row) {
-                    if (lane % kLanes == 0 && column < p.columns) scales[row] = of.value;
-                });
-            }
             float v[CHUNK], q[CHUNK];
             widen(raw[s], v);
-            divide<K, K::kScale == ScaleKind::kF32>(v, divisor_of(of), q);
-            if (has_codes(of)) words[2 * s] = four_codes<K>(q), words[2 * s + 1] = four_codes<K>(q + 4);
+            divide<K, K::kScale == ScaleKind::kF32>(v, by[s], q);
+            if (by[s].inverse != 0) words[2 * s] = four_codes<K>(q), words[2 * s + 1] = four_codes<K>(q + 4);
         }
         return exchanged(words, lane);
     };
@@ -156,10 +174,15 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
 #pragma unroll 1
             for (int i = 0; i < places.count; i++) {
                 const int row = __shfl_sync(~0u, places.mine, i);
-                if (row >= 0) store(row, codes_of(time, raw, stored_scale(__ldcg(p.scales + row))));
+                if (row < 0) continue;
+                const Scale stored = stored_scale(__ldcg(p.scales + row));
+                const Divisor by = coded(divisor_of(stored), stored), both[kSteps] = {by, by};
+                store(row, codes_of(time, raw, both));
             }
         } else {
-            const uint4 v = codes_of(time, raw, scale);
+            Divisor by[kSteps];
+            divisors_of(time, raw, by);
+            const uint4 v = codes_of(time, raw, by);
             places.for_each([&](int row) { store(row, v); });
         }
     };

@@ -16,59 +16,62 @@ constexpr int kMath = kN <= 128 || !kPromoted ? 224 : kBlockScales ? 240 : 232;
 template <int kN>
 constexpr int kProducer = 3 * 168 - 2 * kMath<kN>;
 
-// Widths of products that there is code for: of small tiles and promoted sums all in steps of eight (int8 has none of 40 and
-// 56), else in steps of 16, or 32 where a large tile is small for once.
+// Widths of products that there is code for: of small tiles in steps of eight (int8 has none of 40 and 56), else in steps of
+// 16, or 32 where a large tile is small for once.
 template <int kN>
 __device__ constexpr int next_width(int width) {
     if (kN <= 64) return width + (kInt8 && width >= 32 ? 16 : 8);
-    return width + (kN > 128 && width < (kPromoted ? 64 : 128) ? 32 : 16);
+    return width + (kN > 128 && width < 128 && !kPromoted ? 32 : 16);
 }
 template <int kN>
-constexpr int kNarrowest = kN <= 64 ? 8 : kN > 128 ? 32 : 16;
+constexpr int kNarrowest = kN <= 64 ? 8 : kN > 128 && !kPromoted ? 32 : 16;
 
-// Sums in as few chunks of columns as take all of the tile's tokens, and with the narrowest product from kW on that does;
-// its width.
+// Sums in as few chunks of columns as take all of the tile's tokens, the last one of the narrowest products that do.
 template <int kN, int kUsed = 1, int kW = kNarrowest<kN>>
-__device__ __forceinline__ int sum(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
+__device__ __forceinline__ void sum(Multiply<kN>& multiply, int count, Sums<kN>& acc) {
     constexpr int kWidth = Layout<kN>::kWidth;
     if constexpr (kUsed < Layout<kN>::kChunks) {
-        if (count > kUsed * kWidth) {
-            constexpr int kMore = kUsed + 1, kLeast = (kUsed * kWidth / kMore + 16) / 16 * 16;
-            return sum<kN, kMore, kLeast>(multiply, count, acc);
-        }
+        if (count > kUsed * kWidth) return sum<kN, kUsed + 1>(multiply, count, acc);
     }
     if constexpr (kW < kWidth) {
-        if (count > kUsed * kW) return sum<kN, kUsed, next_width<kN>(kW)>(multiply, count, acc);
+        if (count > (kUsed - 1) * kWidth + kW) return sum<kN, kUsed, next_width<kN>(kW)>(multiply, count, acc);
     }
     if constexpr (kPromoted) {
         multiply.template promoted<kW, kUsed>(acc);
     } else {
         multiply.template plain<kW>(acc);
     }
-    return kW;
+}
+
+// The thread's number, read here: whatever follows from it takes no registers where sums need them.
+__device__ __forceinline__ int thread_again() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
 }
 
 template <int kN>
 __device__ __forceinline__ void multiply_all(const GemmParams& p, const Layout<kN>& memory) {
     const int warp = uniform(threadIdx.x >> 5) - 4, lane = threadIdx.x & 31;
-    Finish<kN> finish{p, memory, warp / 4, warp % 4, lane};
     Place place;
     Multiply<kN> multiply{p, memory, place, warp, lane};
     for (int n = 0;; n++) {
         const Task task = take(memory, n, lane);
         if (task.expert < 0) break;
         Sums<kN> acc;
-        const int width = sum<kN>(multiply, task.count, acc);
+        sum<kN>(multiply, task.count, acc);
         const int facts = place_of<kFacts>(n);
+        const int thread = thread_again() - kWarpgroup;
+        Finish<kN> finish{p, memory, uniform(thread / kWarpgroup), uniform(thread / 32 % 4), thread % 32};
         barrier_wait(memory.facts_full(facts), round_of<kFacts>(n));
         if constexpr (Layout<kN>::kRequantises) {
             if (p.out_scales != nullptr) {
-                Requantise<kN>{finish}.write(acc, task, width, memory.facts(facts), n);
+                Requantise<kN>{finish}.write(acc, task, memory.facts(facts), n);
             } else {
-                finish.write(acc, task, width, memory.facts(facts));
+                finish.write(acc, task, memory.facts(facts));
             }
         } else {
-            finish.write(acc, task, width, memory.facts(facts));
+            finish.write(acc, task, memory.facts(facts));
         }
         // Every lane, as for what is full.
         barrier_arrive(memory.facts_free(facts));

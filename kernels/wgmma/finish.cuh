@@ -15,20 +15,36 @@ __device__ __forceinline__ void store_turned(uint32_t at, const uint32_t (&v)[4]
                  : "memory");
 }
 
+// The smaller and the larger one, or a NaN where either is.
+__device__ __forceinline__ float smaller(float a, float b) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+}
+__device__ __forceinline__ float larger(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+__device__ __forceinline__ float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+
 template <int kN>
 struct Finish {
     using L = Layout<kN>;
-    using Chunk = Sum[L::kWidth / 2];
-    static constexpr int kPieces = (L::kWidth + kPiece - 1) / kPiece;
+    static constexpr int kPieces = kN / kPiece;
+    static_assert(L::kWidth % kPiece == 0, "");
     const GemmParams& p;
     const L& memory;
     const int warpgroup, warp, lane;  // warp of the warpgroup
-    int staged = 0;                   // which half of the room is next
 
-    // A piece's place in the tile and its tokens.
-    struct Piece {
-        int first, count;
-    };
+    // A thread's sums of the columns from 8 * `eight` on.
+    static __device__ __forceinline__ const Sum* sums_of(const Sums<kN>& acc, int eight) {
+        return &acc[8 * eight / L::kWidth][8 * eight % L::kWidth / 2];
+    }
     // Of a thread's two rows.
     struct Rows {
         float low, high, low_bias, high_bias;
@@ -49,24 +65,30 @@ struct Finish {
         return *reinterpret_cast<const uint32_t*>(two);
     }
 
-    // As apply() of common/activation.cuh, with a quotient that is off by two units of float32's last place at most.
+    // As apply() of common/activation.cuh, with a quotient that is off by two units of float32's last place at most. Powers
+    // too small for a normal number may be lost: they are added to one.
     __device__ __forceinline__ float silu(float g, float u) const {
         const float limit = p.activation.limit;
-        g = at_most(g, limit);
-        return __fdividef(g, 1.f + __expf(-g)) * clamp(u, limit);
+        g = smaller(g, limit);
+        return __fdividef(g, 1.f + power_of_two(g * -1.4426950408889634f)) * larger(smaller(u, limit), -limit);
     }
 
     // Two neighbouring tokens' sums of a row times what belongs to them, and its bias.
     struct Two {
         float first, second;
     };
+    // Of two neighbouring columns, whose facts begin at `column`.
+    static __device__ __forceinline__ Two factors(uint32_t column) {
+        const uint4 v = read_shared<uint4>(column);
+        return {__uint_as_float(v.x), __uint_as_float(v.z)};
+    }
     static __device__ __forceinline__ Two scaled(const Sum* sums, float row, float bias, const Two& columns) {
         return {fmaf(static_cast<float>(sums[0]) * row, columns.first, bias),
                 fmaf(static_cast<float>(sums[1]) * row, columns.second, bias)};
     }
     // Gate, up and activation of two neighbouring tokens, whose facts begin at `column`, from a thread's four sums.
     __device__ __forceinline__ uint32_t joined(const Sum* sums, const Rows& rows, uint32_t column) const {
-        const Two columns = {read_float(column), read_float(column + 8)};
+        const Two columns = factors(column);
         const Two gates = scaled(sums, rows.low, rows.low_bias, columns);
         const Two ups = scaled(sums + 2, rows.high, rows.high_bias, columns);
         return pair(silu(gates.first, ups.first), silu(gates.second, ups.second));
@@ -74,21 +96,22 @@ struct Finish {
 
     // A piece's sums to results in shared memory: [token][16 of each warp], or eight where gates and ups are joined.
     template <bool kJoined>
-    __device__ __forceinline__ void stage(const Chunk& acc, int nth, const Rows& rows, uint32_t columns, uint32_t to) const {
+    __device__ __forceinline__ void stage(const Sums<kN>& acc, int nth, const Rows& rows, uint32_t columns, uint32_t to) const {
         uint32_t out[2][4];  // rows g, rows g + 8; of four eights of tokens
 #pragma unroll
         for (int i = 0; i < kPiece / 8; i++) {
-            const Sum* sums = acc + 4 * min(kPiece / 8 * nth + i, L::kWidth / 8 - 1);
+            const Sum* sums = sums_of(acc, kPiece / 8 * nth + i);
             const uint32_t column = columns + 8 * (8 * i + 2 * (lane & 3));
             if constexpr (kJoined) {
                 out[0][i] = joined(sums, rows, column), out[1][i] = 0;
             } else {
-                const Two both = {read_float(column), read_float(column + 8)};
+                const Two both = factors(column);
                 const Two low = scaled(sums, rows.low, rows.low_bias, both);
                 const Two high = scaled(sums + 2, rows.high, rows.high_bias, both);
                 out[0][i] = pair(low.first, low.second), out[1][i] = pair(high.first, high.second);
             }
-            if (!rows.inside) out[0][i] = out[1][i] = 0;
+            // Rows beyond the matrix are columns beyond the result, or zeros that fill a plane.
+            if (kJoined && !rows.inside) out[0][i] = 0;
         }
         if (kJoined) {
             store_turned(staged_at(to, lane, warp), out[0]);
@@ -98,13 +121,13 @@ struct Finish {
         }
     }
 
+    // Whether a result is planes of the next products' operands: of 16 bits, the first kind's.
+    __device__ __forceinline__ bool in_planes() const { return kHalf && p.kind == kFirst; }
     // Eight columns of a row of the result.
-    __device__ __forceinline__ uint4* out_at(int row, int column) const {
-        if (p.kind == kFirst && p.planes) {
-            return static_cast<uint4*>(p.out) + ordered_place(column / 8, row, p.count);
-        }
-        typename C::T* out = static_cast<typename C::T*>(p.out) + static_cast<long long>(row) * p.out_columns + column;
-        return reinterpret_cast<uint4*>(out);
+    __device__ __forceinline__ uint4* out_at(uint32_t row, int column, bool planes) const {
+        if (planes) return static_cast<uint4*>(p.out) + ordered_place(column / 8, row, p.count);
+        typename C::T* out = static_cast<typename C::T*>(p.out) + column;
+        return reinterpret_cast<uint4*>(out + static_cast<uint64_t>(row) * static_cast<uint32_t>(p.out_columns));
     }
     // Columns that the warpgroup's part of a row tile has, and its first one.
     __device__ __forceinline__ static int width(bool joined) { return joined ? 32 : 64; }
@@ -114,17 +137,17 @@ struct Finish {
 
     // From there to rows, in the order of columns or in the products' (kernels/common/order.cuh), 16 bytes at a time.
     template <bool kJoined>
-    __device__ __forceinline__ void copy_out(const Task& task, const Piece& piece, uint32_t columns, uint32_t from) const {
+    __device__ __forceinline__ void copy_out(const Task& task, int count, uint32_t columns, uint32_t from) const {
         constexpr int kEights = kJoined ? 4 : 8, kTokens = kWarpgroup / kEights;
         const int thread = 32 * warp + lane, eight = thread % kEights, column = first_column(task, kJoined) + 8 * eight;
         if (column >= p.out_columns) return;
-        const bool ordered = p.kind == kFirst && p.planes;
+        constexpr bool kOrdered = kHalf && kJoined;
 #pragma unroll
         for (int i = 0; i < kPiece / kTokens; i++) {
             const int token = kTokens * i + thread / kEights;
-            if (token >= piece.count) break;
+            if (token >= count) break;
             uint4 v;
-            if (ordered) {
+            if constexpr (kOrdered) {
                 const int group = eight & 4, word = 4 * (eight & 3);
                 v.x = read_shared<uint32_t>(staged_at(from, token, group) + word);
                 v.y = read_shared<uint32_t>(staged_at(from, token, group + 1) + word);
@@ -133,98 +156,90 @@ struct Finish {
             } else {
                 v = read_shared<uint4>(staged_at(from, token, eight));
             }
-            *out_at(read_shared<uint32_t>(columns + 8 * token + 4), column) = v;
+            *out_at(read_shared<uint32_t>(columns + 8 * token + 4), column, kOrdered) = v;
         }
     }
 
     // A piece's sums, before the activation, as floats: [token][16 of each warp], of which eight gates come before their
     // ups.
-    __device__ __forceinline__ void stage_raw(const Chunk& acc, int nth, const Rows& rows, uint32_t columns,
+    __device__ __forceinline__ void stage_raw(const Sums<kN>& acc, int nth, const Rows& rows, uint32_t columns,
                                               uint32_t to) const {
 #pragma unroll
         for (int i = 0; i < kPiece / 8; i++) {
-            const int at = min(kPiece / 8 * nth + i, L::kWidth / 8 - 1);
+            const Sum* sums = sums_of(acc, kPiece / 8 * nth + i);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int token = 8 * i + 2 * (lane & 3) + e;
                 const float f = read_float(columns + 8 * token);
                 const uint32_t there = to + token * 256 + 64 * warp + lane / 4 * 4;
-                const float low = fmaf(static_cast<float>(acc[4 * at + e]) * rows.low, f, rows.low_bias);
+                const float low = fmaf(static_cast<float>(sums[e]) * rows.low, f, rows.low_bias);
                 store_4(there, __float_as_uint(low));
-                const float high = fmaf(static_cast<float>(acc[4 * at + 2 + e]) * rows.high, f, rows.high_bias);
+                const float high = fmaf(static_cast<float>(sums[2 + e]) * rows.high, f, rows.high_bias);
                 store_4(there + 32, __float_as_uint(high));
             }
         }
     }
     // From there through the activation to rows, eight columns of a token at a time.
-    __device__ __forceinline__ void copy_raw(const Task& task, const Piece& piece, uint32_t columns, uint32_t from) const {
+    __device__ __forceinline__ void copy_raw(const Task& task, int count, uint32_t columns, uint32_t from) const {
         const bool joined = gated(p.activation);
         const int eights = width(joined) / 8, first = first_column(task, joined);
         const int filled = p.weights.slabs * (joined ? 8 : 16);
-        for (int i = 32 * warp + lane; i < piece.count * eights; i += kWarpgroup) {
+        for (int i = 32 * warp + lane; i < count * eights; i += kWarpgroup) {
             const int token = i / eights, eight = i % eights, column = first + 8 * eight;
             if (column >= p.out_columns) continue;
             uint32_t out[4] = {};
+            // One by one: the activations' code is long.
 #pragma unroll 1
-            for (int e = 0; e < 4; e++) {
-                // Two columns: neighbours, or, in the products' order, a pair of each eight.
-                const int at = p.planes ? (eight & 4) * 8 + 8 * e + 2 * (eight & 3) : 8 * eight + 2 * e;
+            for (int e = 0; e < 8; e++) {
+                // A column, or, in the products' order, one of a pair of each eight.
+                const int at = in_planes() ? (eight & 4) * 8 + e / 2 * 8 + 2 * (eight & 3) + e % 2 : 8 * eight + e;
                 const uint32_t slot = from + token * 256 + 4 * (joined ? at + at / 8 * 8 : at);
-                const float g0 = read_float(slot), g1 = read_float(slot + 4);
-                const float u0 = joined ? read_float(slot + 32) : g0, u1 = joined ? read_float(slot + 36) : g1;
-                const bool inside = first + at < filled;
-                out[0] = out[1], out[1] = out[2], out[2] = out[3];
-                out[3] = inside ? pair(apply(p.activation, g0, u0), apply(p.activation, g1, u1)) : 0;
+                const float g = read_float(slot), u = joined ? read_float(slot + 32) : g;
+                const uint32_t code = first + at < filled ? pair(apply(p.activation, g, u), 0.f) << 16 : 0;
+#pragma unroll
+                for (int i = 0; i < 3; i++) out[i] = __funnelshift_r(out[i], out[i + 1], 16);
+                out[3] = out[3] >> 16 | code;
             }
-            *out_at(read_fact(columns + 8 * token).other, column) = make_uint4(out[0], out[1], out[2], out[3]);
+            *out_at(read_fact(columns + 8 * token).other, column, in_planes()) = make_uint4(out[0], out[1], out[2], out[3]);
         }
     }
 
-    // What a launch makes of sums: results of the second kind, of the first with the commonest activation, or with others.
-    enum Way { kDown, kGated, kRaw };
-
-    template <Way kWay>
-    __device__ __forceinline__ void write_piece(const Chunk& acc, int nth, const Task& task, const Rows& rows,
-                                                const Piece& piece, uint32_t facts) {
-        const uint32_t columns = facts + 8 * piece.first, room = memory.staged(warpgroup);
-        if constexpr (kWay == kRaw) {
+    // Results of the second kind, or of the first with the commonest activation: one half of the room may still be read
+    // while the other is filled.
+    template <bool kJoined>
+    __device__ __forceinline__ void write_pieces(const Sums<kN>& acc, const Task& task, const Rows& rows, uint32_t facts) const {
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+            if (kPiece * i >= task.count) break;
+            const uint32_t columns = facts + 8 * kPiece * i, at = memory.staged(warpgroup) + i % 2 * (L::kStaged / 2);
+            stage<kJoined>(acc, i, rows, columns, at);
             warpgroup_barrier(warpgroup);
-            stage_raw(acc, nth, rows, columns, room);
-            warpgroup_barrier(warpgroup);
-            copy_raw(task, piece, columns, room);
-        } else {
-            // The other half may still be read.
-            const uint32_t half = room + staged * (L::kStaged / 2);
-            staged ^= 1;
-            stage<kWay == kGated>(acc, nth, rows, columns, half);
-            warpgroup_barrier(warpgroup);
-            copy_out<kWay == kGated>(task, piece, columns, half);
+            copy_out<kJoined>(task, task.count - kPiece * i, columns, at);
         }
     }
-
-    // All of the tile's columns, `width` to a chunk.
-    template <Way kWay>
-    __device__ __forceinline__ void write_all(const Sum (&acc)[L::kChunks][L::kWidth / 2], const Task& task, int width,
-                                              uint32_t facts) {
+    // Of the first kind with any activation.
+    __device__ __forceinline__ void write_raw(const Sums<kN>& acc, const Task& task, const Rows& rows, uint32_t facts) const {
+        const uint32_t room = memory.staged(warpgroup);
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+            if (kPiece * i >= task.count) break;
+            const uint32_t columns = facts + 8 * kPiece * i;
+            stage_raw(acc, i, rows, columns, room);
+            warpgroup_barrier(warpgroup);
+            copy_raw(task, min(kPiece, task.count - kPiece * i), columns, room);
+            warpgroup_barrier(warpgroup);
+        }
+    }
+    __device__ __forceinline__ void write(const Sums<kN>& acc, const Task& task, uint32_t facts) const {
         const Rows rows = rows_of(task, facts);
-#pragma unroll
-        for (int c = 0; c < L::kChunks; c++) {
-            const int count = min(width, task.count - c * width);
-#pragma unroll
-            for (int n = 0; n < kPieces; n++) {
-                if (kPiece * n >= count) break;
-                write_piece<kWay>(acc[c], n, task, rows, {c * width + kPiece * n, min(kPiece, count - kPiece * n)}, facts);
-            }
-        }
-    }
-    __device__ __forceinline__ void write(const Sum (&acc)[L::kChunks][L::kWidth / 2], const Task& task, int width,
-                                          uint32_t facts) {
+        // The last task's results may still be read.
+        warpgroup_barrier(warpgroup);
         if (p.kind == kSecond) {
-            write_all<kDown>(acc, task, width, facts);
+            write_pieces<false>(acc, task, rows, facts);
         } else if (p.activation.kind == kSilu) {
-            write_all<kGated>(acc, task, width, facts);
+            write_pieces<true>(acc, task, rows, facts);
         } else {
-            write_all<kRaw>(acc, task, width, facts);
+            write_raw(acc, task, rows, facts);
         }
     }
 };

@@ -18,26 +18,30 @@ __device__ __forceinline__ void arrive_at_all(uint32_t barrier, int lane) {
     if (lane < kCluster) barrier_arrive_remote(barrier, lane);
 }
 
-// A thread's part of a tile's sums.
-template <int kN>
-using Sums = Sum[Layout<kN>::kChunks][Layout<kN>::kWidth / 2];
-
 template <int kN>
 struct Multiply {
     using L = Layout<kN>;
+    using Words = uint4[kSteps];
     using Operands = uint32_t[kSteps][4];
     const GemmParams& p;
     const L& memory;
     Place& place;
     const int slab, lane;  // the warp's slab of the tile's
 
-    // Operands of a stage. Blocks beyond the matrix are zeros.
-    __device__ __forceinline__ void load(Operands& a, int at, int stage) const {
+    // A stage's words. Blocks beyond the matrix are zeros.
+    __device__ __forceinline__ void read(Words& words, int at, int stage) const {
         const uint32_t from = memory.weights(at, slab, stage) + lane * 16;
 #pragma unroll
         for (int k = 0; k < kSteps; k++) {
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (kBlocks == 1 || k < 2 || kBlocks * stage + 1 < p.weights.blocks) v = read_shared<uint4>(from + 512 * k);
+            words[k] = make_uint4(0, 0, 0, 0);
+            if (kBlocks == 1 || k < 2 || kBlocks * stage + 1 < p.weights.blocks) words[k] = read_shared<uint4>(from + 512 * k);
+        }
+    }
+    // Operands of them, here, not between products.
+    __device__ __forceinline__ static void arrange(Operands& a, const Words& words) {
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+            const uint4& v = words[k];
             if constexpr (kHalf) {
                 a[k][0] = v.x, a[k][1] = v.y, a[k][2] = v.z, a[k][3] = v.w;
             } else {
@@ -45,6 +49,11 @@ struct Multiply {
                 a[k][0] = __byte_perm(v.x, v.y, 0x6420), a[k][1] = __byte_perm(v.x, v.y, 0x7531);
                 a[k][2] = __byte_perm(v.z, v.w, 0x6420), a[k][3] = __byte_perm(v.z, v.w, 0x7531);
             }
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[k][i]));
         }
     }
     // Whether a stage is the last one of its place.
@@ -55,16 +64,15 @@ struct Multiply {
         if (ends(stage)) arrive_at_all(memory.free(at), lane);
     }
 
-    // The next stage's operands, once they are there.
-    __device__ __forceinline__ void fetch(Operands& a, int stage) const {
+    // Until the next stage is there.
+    __device__ __forceinline__ void await(int stage) const {
         if (stage % L::kSpan == 0) barrier_wait(memory.full(place.at), place.round);
-        load(a, place.at, stage);
-        // Whatever makes operands of words is done here, not between products.
-#pragma unroll
-        for (int k = 0; k < kSteps; k++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[k][i]));
-        }
+    }
+    __device__ __forceinline__ void fetch(Operands& a, int stage) const {
+        Words words;
+        await(stage);
+        read(words, place.at, stage);
+        arrange(a, words);
     }
     // Sends for a stage's products, whose operands are `a`; its place.
     template <int kW>
@@ -84,7 +92,7 @@ struct Multiply {
 #pragma unroll
         for (int c = 0; c < kUsed; c++) {
 #pragma unroll
-            for (int i = 0; i < kW / 2; i++) acc[c][i] = 0;
+            for (int i = 0; i < (c + 1 < kUsed ? L::kWidth : kW) / 2; i++) acc[c][i] = 0;
         }
     }
 
@@ -152,12 +160,12 @@ struct Multiply {
         return {__uint_as_float(v.x), __uint_as_float(v.y)};
     }
 
-    // Tokens' scales of a stage and a chunk of columns, of the thread's columns.
+    // Tokens' scales of a stage's columns from `first` on, of the thread's columns.
     template <int kW>
     using Columns = uint2[kBlockScales ? kW / 8 : 1];
     template <int kW>
-    __device__ __forceinline__ void column_scales(Columns<kW>& columns, int at, int stage, int chunk) const {
-        const uint32_t from = memory.scales(at, stage) + 4 * (chunk * kW + 2 * (lane & 3));
+    __device__ __forceinline__ void column_scales(Columns<kW>& columns, int at, int stage, int first) const {
+        const uint32_t from = memory.scales(at, stage) + 4 * (first + 2 * (lane & 3));
 #pragma unroll
         for (int j = 0; j < kW / 8; j++) columns[j] = read_shared<uint2>(from + 32 * j);
     }
@@ -169,46 +177,56 @@ struct Multiply {
         all[2] = fmaf(part[2] * rows.high, s0, all[2]), all[3] = fmaf(part[3] * rows.high, s1, all[3]);
     }
 
-    // Sums a stage and a chunk of columns at a time, and adds those up while the other warpgroup's products run.
-    template <int kW, int kUsed>
-    __device__ __forceinline__ void promoted(Sums<kN>& acc) {
+    // The products of a stage's chunk of kW columns from `first` on, added to `all` while the other warpgroup's run. Of the
+    // last chunk, the next stage's words come on their way and take the place of this one's.
+    template <int kW, bool kLast>
+    __device__ __forceinline__ void add_chunk(Sum (&all)[L::kWidth / 2], Operands& a, const Pair& rows, int at, int stage,
+                                              int first) const {
         // Scales are read while products run. Wider products are slower for the registers that this takes.
         constexpr bool kAhead = kN <= 64;
-        const int stages = stages_of(p);
+        // So are words.
+        constexpr bool kEarly = kN <= 128;
+        const uint64_t columns = columns_at(memory.tokens(at, stage)) + first * kRowBytes / 16;
+        Sum part[kW / 2];
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) Product<kW>::run(part, a[k], columns + 2 * k, k > 0);
+        products_commit();
+        Columns<kW> scales;
+        if (kBlockScales && kAhead) column_scales<kW>(scales, at, stage, first);
+        const bool more = kLast && stage + 1 < stages_of(p);
+        Words next;
+        if (more && kEarly) await(stage + 1), read(next, place.at, stage + 1);
+        products_wait<0>();
+        if (more && !kEarly) await(stage + 1), read(next, place.at, stage + 1);
+        if (kBlockScales && !kAhead) column_scales<kW>(scales, at, stage, first);
+#pragma unroll
+        for (int j = 0; j < kW / 8; j++) {
+            if constexpr (kBlockScales) {
+                add_scaled(all + 4 * j, part + 4 * j, rows, scales[j]);
+            } else {
+#pragma unroll
+                for (int i = 4 * j; i < 4 * j + 4; i++) all[i] += part[i];
+            }
+        }
+        if (more) arrange(a, next);
+    }
+
+    // Sums a stage and a chunk of columns at a time; the last of kUsed chunks has kW.
+    template <int kW, int kUsed>
+    __device__ __forceinline__ void promoted(Sums<kN>& acc) {
+        static_assert(kUsed <= 2, "");
         Operands a;
         clear<kW, kUsed>(acc);
         fetch(a, 0);
 #pragma unroll 1
-        for (int stage = 0; stage < stages; stage++) {
+        for (int stage = 0; stage < stages_of(p); stage++) {
             const int at = uniform(place.at);
-            const uint64_t columns = columns_at(memory.tokens(at, stage));
             if (ends(stage)) place.next(memory.depth);
             Pair rows = {};
-#pragma unroll
-            for (int c = 0; c < kUsed; c++) {
-                Sum part[kW / 2];
-                products_begin();
-#pragma unroll
-                for (int k = 0; k < kSteps; k++) {
-                    Product<kW>::run(part, a[k], columns + 2 * k + c * (kW * kRowBytes / 16), k > 0);
-                }
-                products_commit();
-                Columns<kW> scales;
-                if (kBlockScales && c == 0) rows = row_scales(memory.weights(at, slab, stage), stage);
-                if (kBlockScales && kAhead) column_scales<kW>(scales, at, stage, c);
-                products_wait<0>();
-                if (c == kUsed - 1 && stage + 1 < stages) fetch(a, stage + 1);
-                if (kBlockScales && !kAhead) column_scales<kW>(scales, at, stage, c);
-#pragma unroll
-                for (int j = 0; j < kW / 8; j++) {
-                    if constexpr (kBlockScales) {
-                        add_scaled(acc[c] + 4 * j, part + 4 * j, rows, scales[j]);
-                    } else {
-#pragma unroll
-                        for (int i = 4 * j; i < 4 * j + 4; i++) acc[c][i] += part[i];
-                    }
-                }
-            }
+            if (kBlockScales) rows = row_scales(memory.weights(at, slab, stage), stage);
+            if constexpr (kUsed == 2) add_chunk<L::kWidth, false>(acc[0], a, rows, at, stage, 0);
+            add_chunk<kW, true>(acc[kUsed - 1], a, rows, at, stage, (kUsed - 1) * L::kWidth);
             release(at, stage);
         }
     }

@@ -13,11 +13,11 @@ template <int kN>
 struct Requantise {
     using L = Layout<kN>;
     using K = Key<E4m3, ScaleKind::kF32, 128>;
-    static constexpr int kEights = L::kWidth / 8, kPieceEights = kPiece / 8;
+    static constexpr int kPieceEights = kPiece / 8;
     // A thread holds results of one column, two tokens to a register; after an exchange a part of all lanes' largest.
     static constexpr int kHeld = kN / 8, kEach = kHeld / 8;
     static constexpr int kPairs = kN / 2;
-    static_assert(kRows * kCluster == 256 && kPairs <= kWarpgroup && kPiece * 4 == kWarpgroup, "");
+    static_assert(L::kChunks == 1 && kRows * kCluster == 256 && kPairs <= kWarpgroup && kPiece * 4 == kWarpgroup, "");
     // Of a warpgroup's room: results of two pieces on their way out, a divisor for each token, the largest magnitudes of
     // its warps.
     static constexpr int kHalfRoom = kPiece * 64, kDivisors = 2 * kHalfRoom, kTops = kDivisors + 16 * kN;
@@ -32,19 +32,15 @@ struct Requantise {
     }
 
     // Results, rounded.
-    __device__ __forceinline__ void activate(const Sums<kN>& acc, const Task& task, int width, uint32_t facts,
+    __device__ __forceinline__ void activate(const Sums<kN>& acc, const Task& task, uint32_t facts,
                                              uint32_t (&held)[kHeld]) const {
         const auto rows = finish.rows_of(task, facts);
+        const uint32_t columns = facts + 16 * (finish.lane & 3);
 #pragma unroll
-        for (int c = 0; c < L::kChunks; c++) {
-            const uint32_t columns = facts + 8 * (c * width + 2 * (finish.lane & 3));
-#pragma unroll
-            for (int j = 0; j < kEights; j++) {
-                uint32_t& to = held[kEights * c + j];
-                to = 0;
-                if (j / kPieceEights * kPiece < min(width, task.count - c * width) && rows.inside) {
-                    to = finish.joined(&acc[c][4 * j], rows, columns + 64 * j);
-                }
+        for (int j = 0; j < kHeld; j++) {
+            held[j] = 0;
+            if (j / kPieceEights * kPiece < task.count && rows.inside) {
+                held[j] = finish.joined(&acc[0][4 * j], rows, columns + 64 * j);
             }
         }
     }
@@ -88,11 +84,11 @@ struct Requantise {
     }
 
     // Tokens' scales, from all of theirs.
-    __device__ __forceinline__ void find_scales(const Task& task, int width, int nth) const {
+    __device__ __forceinline__ void find_scales(const Task& task, int nth) const {
         barrier_wait(finish.memory.largest_full(nth & 1), nth / 2 & 1);
         const int pair = thread(), group = pair / kEach / 4, held = group * kEach + pair % kEach;
-        const int column = held % kEights * 8, token = held / kEights * width + column + pair / kEach % 4 * 2;
-        if (pair < kPairs && column < width && token < task.count) {
+        const int token = 8 * held + pair / kEach % 4 * 2;
+        if (pair < kPairs && token < task.count) {
             uint32_t top = 0;
 #pragma unroll
             for (int i = 0; i < kMathGroups * kCluster; i++) {
@@ -139,25 +135,20 @@ struct Requantise {
     }
 
     // The block's `nth` task.
-    __device__ __forceinline__ void write(const Sums<kN>& acc, const Task& task, int width, uint32_t facts, int nth) const {
+    __device__ __forceinline__ void write(const Sums<kN>& acc, const Task& task, uint32_t facts, int nth) const {
         uint32_t held[kHeld];
-        activate(acc, task, width, facts, held);
+        activate(acc, task, facts, held);
         {
             uint32_t top[kHeld];
             largest_of(held, top);
             tell(top, nth);
         }
-        find_scales(task, width, nth);
-        int piece = 0;
+        find_scales(task, nth);
 #pragma unroll
-        for (int c = 0; c < L::kChunks; c++) {
-            const int count = min(width, task.count - c * width);
-#pragma unroll
-            for (int n = 0; n < kEights / kPieceEights; n++) {
-                const int at = kEights * c + kPieceEights * n, first = kPiece * n;
-                const uint32_t of[4] = {held[at], held[at + 1], held[at + 2], held[at + 3]};
-                if (first < count) write_piece(of, piece++, task, c * width + first, count - first);
-            }
+        for (int n = 0; n < kN / kPiece; n++) {
+            const int at = kPieceEights * n, first = kPiece * n;
+            const uint32_t of[4] = {held[at], held[at + 1], held[at + 2], held[at + 3]};
+            if (first < task.count) write_piece(of, n, task, first, task.count - first);
         }
     }
 };

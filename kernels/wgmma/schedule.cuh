@@ -136,13 +136,14 @@ struct RowFacts {
     float factor[kEach], bias[kEach];
 
     __device__ __forceinline__ void load(const Matrix& weights, const Task& task, int lane) {
+        const int first = task.row_tile * kRows + lane, rows = 16 * weights.slabs;
+        const long long at = static_cast<long long>(task.expert) * rows + first;
+        const float *factors = weights.factors + at, *biases = weights.bias + at;
 #pragma unroll
         for (int i = 0; i < kEach; i++) {
-            const int row = 32 * i + lane, slab = task.row_tile * kSlabs + row / 16;
-            const bool exists = slab < weights.slabs;
-            const long long at = (static_cast<long long>(task.expert) * weights.slabs + slab) * 16 + row % 16;
-            factor[i] = exists ? __ldg(weights.factors + at) : 0.f;
-            bias[i] = exists && weights.bias != nullptr ? __ldg(weights.bias + at) : 0.f;
+            const bool exists = first + 32 * i < rows;
+            factor[i] = exists ? __ldg(factors + 32 * i) : 0.f;
+            bias[i] = exists && weights.bias != nullptr ? __ldg(biases + 32 * i) : 0.f;
         }
     }
     __device__ __forceinline__ void write(uint32_t to, int lane) const {

@@ -16,22 +16,20 @@ struct GemmParams {
     const int* rows;       // [count] assignments sorted by expert; -1 for none
     const float* routing;  // of each assignment, to multiply sums of the first kind by; or null
     const int4* tiles;     // {local expert or -1, first row, how many, nth of its expert | of how many << 16}
-    void* out;             // planes as of x, or rows of `out_columns`
+    void* out;             // rows of `out_columns`; of 16 bits and the first kind planes as of x
     int count;             // rows of the plan, a multiple of 8; experts' begin at multiples of 8
     int scale_step;        // floats from a stage's scales to the next one's
     int out_columns;
     int row_tiles;  // of a cluster
     int max_tiles, depth;
     int kind;
-    int planes;  // of the first kind: the result is planes
     float scale;  // of all rows
     Activation activation;
-    int unused;
     float* out_scales;   // of the first kind: the result is planes of codes, and these their scales, [planes][count]; or null
     unsigned* taken;     // how many tasks were asked for, 0 at first; or null: clusters take them in turn
 };
 // src/cuda/wgmma.rs has the same.
-static_assert(sizeof(GemmParams) == 160, "");
+static_assert(sizeof(GemmParams) == 152, "");
 
 // A block's rows are four slabs of 16 for each warpgroup that multiplies; the blocks of a cluster have neighbouring rows
 // and the same tokens, which are read once for all of them.
@@ -93,6 +91,10 @@ struct Layout {
     __device__ __forceinline__ uint32_t facts_free(int place) const { return facts_full(kFacts + place); }
     __device__ __forceinline__ uint32_t largest_full(int place) const { return facts_free(kFacts + place); }
 };
+
+// A thread's part of a tile's sums.
+template <int kN>
+using Sums = Sum[Layout<kN>::kChunks][Layout<kN>::kWidth / 2];
 
 // A place of a ring, and which time round.
 struct Place {

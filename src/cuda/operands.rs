@@ -29,8 +29,10 @@ const BY_EXPERT: [Served; 2] =
     [served!("fp8_expert", [FP8_STATIC_TENSOR_SYM]), served!("int8_expert", [INT8_STATIC_TENSOR_SYM])];
 
 const WARPS: usize = 8;
-/// From so many rows on, a warp to each.
+/// From so many rows on a warp takes each, if they are shorter than `LONG` columns: of longer ones it would have to read most
+/// columns twice, where a block's warps together keep them.
 const MANY: usize = 2048;
+const LONG: usize = 2048;
 
 /// Where rows go.
 #[derive(Clone, Copy)]
@@ -112,7 +114,7 @@ impl Operands {
         to: OrderedPlanes,
         sources: usize,
     ) -> Result<(), CudaError> {
-        let many = sources >= MANY;
+        let alone = sources >= MANY && self.columns < LONG;
         let params = OperandsParams {
             input,
             places: to.places,
@@ -125,9 +127,9 @@ impl Operands {
             rows: to.rows as i32,
             sources: sources as i32,
             copies: to.copies as i32,
-            warps: if many { 1 } else { WARPS as i32 },
+            warps: if alone { 1 } else { WARPS as i32 },
         };
-        let blocks = if many { sources.div_ceil(WARPS) } else { sources };
+        let blocks = if alone { sources.div_ceil(WARPS) } else { sources };
         let launch = Launch::new(blocks as u32, 32 * WARPS as u32).overlap(true);
         // SAFETY: the only parameter of every entry; the rest is the caller's promise.
         unsafe { launch.run(stream, &self.kernel, &mut [Arg::new(&params)]) }

@@ -51,16 +51,14 @@ struct GemmParams {
     max_tiles: i32,
     depth: i32,
     kind: i32,
-    planes: i32,
     scale: f32,
     activation: Activation,
-    unused: i32,
     out_scales: u64,
     taken: u64,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 160);
+const _: () = assert!(size_of::<GemmParams>() == 152);
 
 /// `Kind` in kernels/wgmma/task.cuh.
 const FIRST: i32 = 0;
@@ -378,7 +376,6 @@ impl Wgmma {
             out: if quantised && !requantises { middle } else { second },
             out_columns: if quantised { self.middle } else { down.planes * ROW_BYTES / 2 } as i32,
             kind: FIRST,
-            planes: i32::from(!quantised),
             out_scales: if requantises { down.scales_at(second, count) } else { 0 },
             taken: taken(0),
             ..self.with_input(common, first, x)
