@@ -1,7 +1,7 @@
 // From a warpgroup's sums to results: scales, routing weight, bias, activation, rounding, and out through shared memory, a
 // piece of the tile's tokens at a time.
 #pragma once
-#include "common/order.cuh"
+#include "codes.cuh"
 #include "schedule.cuh"
 
 namespace moe {
@@ -160,6 +160,16 @@ struct Finish {
         }
     }
 
+    // From there to codes by a stored scale.
+    __device__ __forceinline__ void copy_codes(const Task& task, int count, uint32_t columns, uint32_t from,
+                                               uint32_t divisor) const {
+        using K = Key<std::conditional_t<kInt8, Int8, E4m3>, ScaleKind::kStored, 0>;
+        const int thread = 32 * warp + lane, token = thread / 4, eight = thread % 4;
+        const uint4 results = read_shared<uint4>(staged_at(from, token, eight));
+        const int row = read_fact(columns + 8 * token).other;
+        write_codes<K>(p, results, read_divisor(divisor), first_column(task, true) / 16, eight, row, token < count);
+    }
+
     // A piece's sums, before the activation, as floats: [token][16 of each warp], of which eight gates come before their
     // ups.
     __device__ __forceinline__ void stage_raw(const Sums<kN>& acc, int nth, const Rows& rows, uint32_t columns,
@@ -206,7 +216,7 @@ struct Finish {
 
     // Results of the second kind, or of the first with the commonest activation: one half of the room may still be read
     // while the other is filled.
-    template <bool kJoined>
+    template <bool kJoined, bool kCodes = false>
     __device__ __forceinline__ void write_pieces(const Sums<kN>& acc, const Task& task, const Rows& rows, uint32_t facts) const {
 #pragma unroll
         for (int i = 0; i < kPieces; i++) {
@@ -214,7 +224,11 @@ struct Finish {
             const uint32_t columns = facts + 8 * kPiece * i, at = memory.staged(warpgroup) + i % 2 * (L::kStaged / 2);
             stage<kJoined>(acc, i, rows, columns, at);
             warpgroup_barrier(warpgroup);
-            copy_out<kJoined>(task, task.count - kPiece * i, columns, at);
+            if constexpr (kCodes) {
+                copy_codes(task, task.count - kPiece * i, columns, at, facts + 8 * (kN + kRows));
+            } else {
+                copy_out<kJoined>(task, task.count - kPiece * i, columns, at);
+            }
         }
     }
     // Of the first kind with any activation.
@@ -237,6 +251,7 @@ struct Finish {
         if (p.kind == kSecond) {
             write_pieces<false>(acc, task, rows, facts);
         } else if (p.activation.kind == kSilu) {
+            if (kStored && p.stored != nullptr) return write_pieces<true, kStored>(acc, task, rows, facts);
             write_pieces<true>(acc, task, rows, facts);
         } else {
             write_raw(acc, task, rows, facts);

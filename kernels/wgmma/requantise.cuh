@@ -4,7 +4,6 @@
 //
 // A warpgroup's largest magnitudes go to both blocks, which then know those of all 128 columns.
 #pragma once
-#include "common/chunk.cuh"
 #include "finish.cuh"
 
 namespace moe {
@@ -99,10 +98,7 @@ struct Requantise {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const Scale scale = group_scale<K>(one<C::T>(i == 0 ? top & 0xffffu : top >> 16), 1.f);
-                const Divisor by = divisor_of(scale);
-                const uint32_t inverse = has_codes(scale) ? __float_as_uint(by.inverse) : 0;
-                store_16(room() + kDivisors + 16 * (token + i),
-                         make_uint4(__float_as_uint(by.power), __float_as_uint(by.scale), inverse, 0));
+                write_divisor(room() + kDivisors + 16 * (token + i), scale);
                 if (writes && token + i < task.count) scales[task.start + token + i] = scale.value;
             }
         }
@@ -117,21 +113,10 @@ struct Requantise {
         warpgroup_barrier(finish.warpgroup);
         // Of a token, eight of the warpgroup's 32 columns.
         const int token = thread() / 4, eight = thread() % 4;
-        const uint4 divisor = read_shared<uint4>(room() + kDivisors + 16 * (first + token));
-        const uint4 raw = read_shared<uint4>(staged_at(half, token, eight));
-        float v[CHUNK], q[CHUNK];
-        widen(Raw<C::T>{raw.x, raw.y, raw.z, raw.w}, v);
-        divide<K, true>(v, {__uint_as_float(divisor.x), __uint_as_float(divisor.y), __uint_as_float(divisor.z)}, q);
-        uint32_t low = four_codes<K>(q), high = four_codes<K>(q + 4);
-        if (divisor.z == 0) low = high = 0;
-        // Four lanes' first words are one chunk of the row, their second words the next one: neighbours write half of either.
-        const bool second = eight & 1;
-        const uint32_t theirs = __shfl_xor_sync(~0u, second ? low : high, 1);
-        if (token >= count) return;
-        const int place = blockIdx.x % kCluster * kMathGroups + finish.warpgroup;
-        const int chunk = 8 * (task.row_tile / kCluster) + 2 * place + second;
-        uint4* to = static_cast<uint4*>(finish.p.out) + ordered_place(chunk, task.start + first + token, finish.p.count);
-        reinterpret_cast<uint2*>(to)[eight / 2] = second ? make_uint2(theirs, high) : make_uint2(low, theirs);
+        const Divisor by = read_divisor(room() + kDivisors + 16 * (first + token));
+        const uint4 results = read_shared<uint4>(staged_at(half, token, eight));
+        const int chunk = finish.first_column(task, true) / 16, row = task.start + first + token;
+        write_codes<K>(finish.p, results, by, chunk, eight, row, token < count);
     }
 
     // The block's `nth` task.

@@ -1,6 +1,7 @@
 // Two warps that find out ahead of time what the others would have to wait for: the block's tasks, and what is needed to make
 // results of their sums.
 #pragma once
+#include "common/quantize.cuh"
 #include "task.cuh"
 
 namespace moe {
@@ -16,6 +17,17 @@ __device__ __forceinline__ void write_fact(uint32_t at, float factor, uint32_t o
 __device__ __forceinline__ Fact read_fact(uint32_t at) {
     const uint2 v = read_shared<uint2>(at);
     return {__uint_as_float(v.x), v.y};
+}
+
+// What divides results, without an inverse where they have no codes.
+__device__ __forceinline__ void write_divisor(uint32_t at, const Scale& scale) {
+    const Divisor by = divisor_of(scale);
+    const float inverse = has_codes(scale) ? by.inverse : 0.f;
+    store_16(at, make_uint4(__float_as_uint(by.power), __float_as_uint(by.scale), __float_as_uint(inverse), 0));
+}
+__device__ __forceinline__ Divisor read_divisor(uint32_t at) {
+    const uint4 v = read_shared<uint4>(at);
+    return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z)};
 }
 
 // The nth of a queue of kOf: its place, and which time round.
@@ -156,7 +168,7 @@ struct RowFacts {
 template <int kN>
 __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>& memory, int lane) {
     // Where sums take most registers, few are left here.
-    constexpr int kAtOnce = kBlockScales && kN > 128 ? 32 : kN < 128 ? kN : 128;
+    constexpr int kAtOnce = kN < 128 ? kN : kN == 128 || !kPromoted ? 128 : kBlockScales ? 32 : 64;
     wait_for_previous_grid();
     release_next_grid();
     for (int n = 0;; n++) {
@@ -166,10 +178,13 @@ __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>
         const uint32_t to = memory.facts(at);
         RowFacts rows;
         ColumnFacts<kAtOnce / 32> columns;
+        const bool codes = kStored && p.stored != nullptr;
+        const float scale = codes ? __ldcg(p.stored + task.expert * p.stored_step) : 0.f;
         rows.load(p.weights, task, lane);
         columns.load(p, task, 0, lane);
         barrier_wait(memory.facts_free(at), round_of<kFacts>(n) ^ 1);
         rows.write(to + 8 * kN, lane);
+        if (codes && lane == 0) write_divisor(to + 8 * (kN + kRows), stored_scale(scale));
         columns.write(p, task, 0, to, lane);
 #pragma unroll 1
         for (int first = kAtOnce; first < task.count; first += kAtOnce) {

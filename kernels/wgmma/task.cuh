@@ -27,9 +27,12 @@ struct GemmParams {
     Activation activation;
     float* out_scales;   // of the first kind: the result is planes of codes, and these their scales, [planes][count]; or null
     unsigned* taken;     // how many tasks were asked for, 0 at first; or null: clusters take them in turn
+    // Of the first kind: the result is planes of codes with these stored scales, one, or one of each local expert; or null.
+    const float* stored;
+    long long stored_step;  // 0 or 1
 };
 // src/cuda/wgmma.rs has the same.
-static_assert(sizeof(GemmParams) == 152, "");
+static_assert(sizeof(GemmParams) == 168, "");
 
 // A block's rows are four slabs of 16 for each warpgroup that multiplies; the blocks of a cluster have neighbouring rows
 // and the same tokens, which are read once for all of them.
@@ -56,7 +59,8 @@ struct Layout {
     static constexpr int kTokens = kSpan * kN * kRowBytes, kWeights = kSpan * kSlabs * kSlabStage;
     static constexpr int kScales = kBlockScales ? kSpan * 4 * kN : 0;
     static constexpr int kStaged = 2 * kPiece * 128;  // of a warpgroup
-    static constexpr int kFactBytes = 8 * (kN + kRows);
+    // The last one divides results by a stored scale.
+    static constexpr int kFactBytes = 8 * (kN + kRows) + (kStored ? 16 : 0);
     // Where the result is quantised: largest magnitudes, as 16 bits, of every warpgroup of the cluster.
     static constexpr bool kRequantises = kBlockScales && kN <= 64;
     static constexpr int kLargest = kRequantises ? 2 * kN * kMathGroups * kCluster : 0;
@@ -77,7 +81,7 @@ struct Layout {
     }
     __device__ __forceinline__ uint32_t after() const { return base() + depth * (kTokens + kWeights + kScales); }
     __device__ __forceinline__ uint32_t staged(int warpgroup) const { return after() + warpgroup * kStaged; }
-    // Of the columns, then of the rows.
+    // Of the columns, then of the rows, then a divisor.
     __device__ __forceinline__ uint32_t facts(int place) const {
         return after() + kMathGroups * kStaged + place * kFactBytes;
     }

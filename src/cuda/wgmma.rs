@@ -55,10 +55,12 @@ struct GemmParams {
     activation: Activation,
     out_scales: u64,
     taken: u64,
+    stored: u64,
+    stored_step: i64,
 }
 
 // The kernels assert the same.
-const _: () = assert!(size_of::<GemmParams>() == 152);
+const _: () = assert!(size_of::<GemmParams>() == 168);
 
 /// `Kind` in kernels/wgmma/task.cuh.
 const FIRST: i32 = 0;
@@ -145,7 +147,7 @@ pub(super) struct Wgmma {
     matrices: [Matrix; 2],
     inputs: [Input; 2],
     /// Whether the first projection's smallest tile makes the second one's operands, without a kernel in between.
-    requantises: bool,
+    requantises: [bool; TILES.len()],
     stored: Option<StoredScales>,
     /// What undoes the packed factors' power of two.
     unlift: f32,
@@ -240,7 +242,7 @@ impl Wgmma {
             permute: Permute::new(gpu, config)?,
             matrices,
             inputs: [input(packed.hidden, 0)?, input(packed.middle, 1)?],
-            requantises: plan::requantises(kind, activation, config.activation),
+            requantises: TILES.map(|tile| plan::requantises(kind, activation, config.activation, tile)),
             stored,
             unlift: 1.0 / format.lift(),
             middle: packed.middle,
@@ -360,7 +362,12 @@ impl Wgmma {
         let present = if matches!(call.source, Source::Counts { .. }) { places } else { 0 };
         let [first, down] = &self.inputs;
         let quantised = first.quantizer.is_some();
-        let requantises = self.requantises && tile == plan::REQUANTISING_TILE;
+        let requantises = self.requantises[place];
+        // The scales of the second projection's input.
+        let results_stored = match &self.stored {
+            Some(StoredScales::ByExpert(all)) => (all.address() + 4 * c.local_experts as u64, 1),
+            _ => (down.stored.1, 0),
+        };
         let common = GemmParams {
             rows,
             tiles: list,
@@ -376,8 +383,10 @@ impl Wgmma {
             out: if quantised && !requantises { middle } else { second },
             out_columns: if quantised { self.middle } else { down.planes * ROW_BYTES / 2 } as i32,
             kind: FIRST,
-            out_scales: if requantises { down.scales_at(second, count) } else { 0 },
+            out_scales: if requantises && self.stored.is_none() { down.scales_at(second, count) } else { 0 },
             taken: taken(0),
+            stored: if requantises { results_stored.0 } else { 0 },
+            stored_step: results_stored.1,
             ..self.with_input(common, first, x)
         };
         let down_params = GemmParams {

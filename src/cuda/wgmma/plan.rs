@@ -73,13 +73,20 @@ const PIECE: usize = 32;
 const TASKS: usize = 4;
 const FACTS: usize = 2;
 
-/// The tile whose kernel quantises what it makes. That costs every task the wait for the other block of its cluster, more
-/// than a kernel in between where results are many.
-pub const REQUANTISING_TILE: usize = TILES[0];
+/// The tile whose kernel finds the scales of what it makes. That costs every task the wait for the other block of its cluster,
+/// more than a kernel in between where results are many.
+const REQUANTISING_TILE: usize = TILES[0];
 
-/// Whether that kernel does so for a layer: there is one key that it quantises to.
-pub fn requantises(kind: Kind, key: Option<QuantKey>, activation: Activation) -> bool {
-    kind == Kind::Fp8Block && key == Some(FP8_DYNAMIC_128_SYM) && matches!(activation, Activation::Silu { .. })
+/// Whether a tile's kernel quantises what it makes: by scales that it finds, of the one key that it does that for, or by stored
+/// ones.
+pub fn requantises(kind: Kind, key: Option<QuantKey>, activation: Activation, tile: usize) -> bool {
+    let served = match kind {
+        Kind::Half => false,
+        Kind::Fp8Block => key == Some(FP8_DYNAMIC_128_SYM) && tile == REQUANTISING_TILE,
+        Kind::Fp8 | Kind::Fp8Fast => key == Some(FP8_STATIC_TENSOR_SYM),
+        Kind::Int8 => key == Some(INT8_STATIC_TENSOR_SYM),
+    };
+    served && matches!(activation, Activation::Silu { .. })
 }
 
 /// Stages of 128 bytes of a row that a place of the ring holds.
@@ -102,7 +109,8 @@ impl Ring {
         let (slab, scales) = if kind == Kind::Fp8Block { (2048 + 64, 4 * tile) } else { (2048, 0) };
         let place = span(tile) * (tile * ROW_BYTES + SLABS * slab + scales);
         let staged = MATH_GROUPS * 2 * PIECE * 128;
-        let facts = FACTS * 8 * (tile + 16 * SLABS);
+        let divisor = if matches!(kind, Kind::Half | Kind::Fp8Block) { 0 } else { 16 };
+        let facts = FACTS * (8 * (tile + 16 * SLABS) + divisor);
         // Of a task's tokens, from every warpgroup of the cluster.
         let quantises = kind == Kind::Fp8Block && tile == REQUANTISING_TILE;
         let largest = if quantises { FACTS * 2 * tile * MATH_GROUPS * CLUSTER } else { 0 };
@@ -152,15 +160,22 @@ mod tests {
     #[test]
     fn results_are_quantised_at_once_where_there_is_code_for_it() {
         use crate::config::Activation;
-        let of = |kind, key, activation| requantises(kind, Some(key), activation);
+        let of = |kind, key, activation| TILES.map(|tile| requantises(kind, Some(key), activation, tile));
+        let (every, none) = ([true; TILES.len()], [false; TILES.len()]);
         for kind in KINDS {
             for limit in [None, Some(7.0)] {
                 let silu = Activation::Silu { limit };
-                assert_eq!(of(kind, FP8_DYNAMIC_128_SYM, silu), kind == Kind::Fp8Block);
-                assert!(!of(kind, FP8_DYNAMIC_TOKEN_SYM, silu));
+                let found = if kind == Kind::Fp8Block { [true, false, false] } else { none };
+                assert_eq!(of(kind, FP8_DYNAMIC_128_SYM, silu), found);
+                let fp8 = matches!(kind, Kind::Fp8 | Kind::Fp8Fast);
+                assert_eq!(of(kind, FP8_STATIC_TENSOR_SYM, silu), if fp8 { every } else { none });
+                assert_eq!(of(kind, INT8_STATIC_TENSOR_SYM, silu), if kind == Kind::Int8 { every } else { none });
+                assert_eq!(of(kind, FP8_DYNAMIC_TOKEN_SYM, silu), none);
             }
-            assert!(!of(kind, FP8_DYNAMIC_128_SYM, Activation::GeluTanh));
-            assert!(!of(kind, FP8_DYNAMIC_128_SYM, Activation::Relu2NoMul));
+            for key in [FP8_DYNAMIC_128_SYM, FP8_STATIC_TENSOR_SYM, INT8_STATIC_TENSOR_SYM] {
+                assert_eq!(of(kind, key, Activation::GeluTanh), none);
+                assert_eq!(of(kind, key, Activation::Relu2NoMul), none);
+            }
         }
     }
 
