@@ -33,13 +33,59 @@ impl Arch {
         format!("{}{}{}", self.number, self.suffix, if self.ptx { "+ptx" } else { "" })
     }
 
-    /// nvcc's options.
-    pub fn flags(&self) -> Vec<String> {
+    /// The level of the PTX that its code is made of.
+    fn source(&self, code: Code) -> String {
         let Self { number, suffix, ptx } = self;
-        let code = format!("sm_{number}{suffix}");
-        let code = if *ptx { format!("[{code},compute_{number}]") } else { code };
-        vec!["-gencode".into(), format!("arch=compute_{number}{suffix},code={code}")]
+        match number {
+            _ if *ptx || *suffix == "f" || code == Code::OfChip => format!("{number}{suffix}"),
+            0..89 => "80".into(),
+            89 => if code == Code::Ada { "89" } else { "80" }.into(),
+            90..120 => "90".into(),
+            120.. => "120".into(),
+        }
     }
+
+    /// Whether chips of 8.9 are all that it is for.
+    fn is_ada(&self) -> bool {
+        self.number == 89 && !self.ptx
+    }
+}
+
+/// What a kernel's code depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// What chips have from 8.0, from 9.0 and from 12.0 on.
+    Common,
+    /// Besides, the conversions of e4m3 that 8.9 brought.
+    Ada,
+    /// Instructions of one chip.
+    OfChip,
+}
+
+/// Those of the list whose code is not another one's anyway: 8.9 runs that of 8.0.
+pub fn distinct<'a>(archs: &[&'a Arch], code: Code) -> Vec<&'a Arch> {
+    let older = archs.iter().any(|a| (80..89).contains(&a.number));
+    archs.iter().filter(|a| !(older && a.is_ada() && code == Code::Common)).copied().collect()
+}
+
+/// nvcc's options. Chips share the PTX of the oldest one whose instructions all of them have: making it takes more time
+/// than assembling it.
+pub fn flags(archs: &[&Arch], code: Code) -> Vec<String> {
+    let mut sources: Vec<(String, Vec<String>)> = Vec::new();
+    for arch in archs {
+        let Arch { number, suffix, ptx } = arch;
+        let source = arch.source(code);
+        let mut images = vec![format!("sm_{number}{suffix}")];
+        images.extend(ptx.then(|| format!("compute_{number}")));
+        match sources.iter_mut().find(|(s, _)| *s == source) {
+            Some((_, all)) => all.extend(images),
+            None => sources.push((source, images)),
+        }
+    }
+    let option = |(source, images): (String, Vec<String>)| {
+        ["-gencode".into(), format!("arch=compute_{source},code=[{}]", images.join(","))]
+    };
+    sources.into_iter().flat_map(option).collect()
 }
 
 /// Reads the list; the error is one sentence.

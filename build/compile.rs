@@ -1,6 +1,6 @@
 //! One fatbin per kernel of the table, in parallel, each only when something that it depends on changed.
 
-use crate::arch::Arch;
+use crate::arch::{self, Arch, Code};
 use crate::sources;
 use crate::toolkit::Toolkit;
 use moe_oracle_table::Kernel;
@@ -42,7 +42,7 @@ pub fn all(toolkit: &Toolkit, archs: &[Arch], kernels: &[&Kernel], out: &Path) -
     fs::create_dir_all(out).map_err(|e| format!("{} can't be made: {e}", out.display()))?;
     let jobs = kernels.iter().filter_map(|k| {
         let archs: Vec<&Arch> = archs.iter().filter(|a| k.archs.is_empty() || k.archs.contains(&a.name())).collect();
-        (!archs.is_empty()).then(|| job(toolkit, archs, k))
+        (!archs.is_empty()).then(|| job(toolkit, arch::distinct(&archs, code_of(k)), k))
     });
     let jobs = jobs.collect::<Result<Vec<_>, _>>()?;
     remove_stale(out, &jobs);
@@ -74,9 +74,17 @@ fn workers() -> usize {
     jobs.clamp(1, cpus)
 }
 
+fn code_of(kernel: &Kernel) -> Code {
+    match (kernel.archs.is_empty(), kernel.ada) {
+        (false, _) => Code::OfChip,
+        (true, true) => Code::Ada,
+        (true, false) => Code::Common,
+    }
+}
+
 fn job<'a>(toolkit: &Toolkit, archs: Vec<&Arch>, kernel: &'a Kernel) -> Result<Job<'a>, String> {
     let mut arguments: Vec<String> = FLAGS.map(String::from).into();
-    arguments.extend(archs.iter().flat_map(|a| a.flags()));
+    arguments.extend(arch::flags(&archs, code_of(kernel)));
     arguments.push(format!("-I{KERNELS}"));
     arguments.extend(toolkit.includes().iter().map(|p| format!("-I{}", p.display())));
     arguments.extend(kernel.define.iter().map(|d| format!("-D{d}")));

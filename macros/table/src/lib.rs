@@ -113,6 +113,9 @@ pub struct Kernel {
     /// The only architectures that it is for, as MOE_ORACLE_CUDA_ARCHS writes them; none: all.
     #[serde(default)]
     pub archs: Vec<String>,
+    /// Whether it has other code for 8.9, whose chips convert e4m3 by an instruction, than for 8.0.
+    #[serde(default)]
+    pub ada: bool,
 }
 
 impl Kernel {
