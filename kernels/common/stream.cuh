@@ -209,7 +209,8 @@ struct Ring {
 
     static __device__ __forceinline__ int chunks(const Matrix& m) { return (m.blocks + 2 * kStages - 1) / (2 * kStages); }
 
-    // Sends for a chunk of a slab, to a place that all lanes have left; for its rows' factors, too, if given.
+    // Sends for a chunk of a slab, to a place that all lanes have left; for its rows' factors, too, if given. Where the
+    // engine copies, a lane that is told 0 does, and lanes may be told so for a place each; else all of the warp do.
     __device__ __forceinline__ void fetch(int to, const Matrix& m, const char* slab, int chunk, const float* factors,
                                           const float* bias, int lane) const {
         const uint32_t at = base + to * kPlace;

@@ -61,6 +61,32 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
         }
     };
     const Unit begins{begin / slabs, begin % slabs};
+    // A group's warps take the chunks of its units in turn; where that would always give them the same ones, the work of
+    // the first and the last chunk goes around. This is a warp's first chunk of the group's `n`th unit.
+    auto first_chunk = [&](int n) {
+        return (group.rank - n * ((chunks & (group.size - 1)) == 0 ? 1 : chunks)) & (group.size - 1);
+    };
+    Unit next = begins;
+    int n = 0, chunk = first_chunk(0);
+    bool fresh = true;  // whether this warp has not asked for a chunk of it yet
+    // What the ring's places hold first, of which each lane knows one before the experts are known: all are sent for at once
+    // then. Not a lone token's, whose first kernel's copies and the second's get into one another's way then.
+    constexpr bool kAtOnce = !kOne && MOE_BULK;
+    Unit early = begins;
+    int early_chunk = 0, releases = kMaxItems;  // the job with which the second kernel is let go
+    if constexpr (kAtOnce) {
+#pragma unroll 1
+        for (int d = 0; d < p.first_depth; d++) {
+            while (chunk >= chunks) {
+                const int on = next.slab + step;
+                n++, chunk = first_chunk(n), fresh = true;
+                next.job += on / slabs, next.slab = on % slabs;
+            }
+            if (fresh && n == p.release) releases = next.job;
+            if (d == lane) early = next, early_chunk = chunk;
+            fresh = false, chunk += group.size;
+        }
+    }
     if (!batched) prefetch_input(p);
     __syncthreads();
     wait_for_previous_grid();
@@ -76,15 +102,26 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
     } else {
         collect(p, jobs);
     }
-    const int units = max(uniform(jobs.count) * slabs - begin + step - 1, 0) / step;
-    // A group's warps take the chunks of its units in turn; where that would always give them the same ones, the work of
-    // the first and the last chunk goes around. This is a warp's first chunk of the group's `n`th unit.
-    auto first_chunk = [&](int n) {
-        return (group.rank - n * ((chunks & (group.size - 1)) == 0 ? 1 : chunks)) & (group.size - 1);
+    // `who` is 0 for a lane that sends.
+    auto fetch = [&](int to, int expert, int slab, int chunk, int who) {
+        const char* weights = slab_of(p.first, expert, slab);
+        const float *factors = nullptr, *bias = nullptr;
+        if (chunk == 0) {
+            const long long at = ((long long)expert * slabs + slab) * 16;
+            factors = p.first.factors + at;
+            if (p.first.bias != nullptr) bias = p.first.bias + at;
+        }
+        ring.fetch(to, p.first, weights, chunk, factors, bias, who);
     };
-    Unit next = begins;
-    int n = 0, chunk = first_chunk(0);
-    bool fresh = true;  // whether this warp has not asked for a chunk of it yet
+    if constexpr (kAtOnce) {
+        const int count = jobs.count;
+        if (lane < p.first_depth && early.job < count) {
+            fetch(lane, jobs.expert[early.job], early.slab, early_chunk, 0);
+        }
+        __syncwarp();
+        if (!kFar && releases < count) release_next_grid();
+    }
+    const int units = max(uniform(jobs.count) * slabs - begin + step - 1, 0) / step;
     auto fetch_next = [&](int to) {
         while (chunk >= chunks && n < units) n++, next.slab += step, chunk = first_chunk(n), fresh = true;
         if (n < units) {
@@ -93,20 +130,15 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
                 next.settle(slabs);
                 fresh = false;
             }
-            const char* weights = slab_of(p.first, uniform(jobs.expert[next.job]), next.slab);
-            const float *factors = nullptr, *bias = nullptr;
-            if (chunk == 0) {
-                const long long at = ((long long)uniform(jobs.expert[next.job]) * slabs + next.slab) * 16;
-                factors = p.first.factors + at;
-                if (p.first.bias != nullptr) bias = p.first.bias + at;
-            }
-            ring.fetch(to, p.first, weights, chunk, factors, bias, lane);
+            fetch(to, uniform(jobs.expert[next.job]), next.slab, chunk, lane);
             chunk += group.size;
         }
         ring.commit();
     };
+    if constexpr (!kAtOnce) {
 #pragma unroll 1
-    for (int d = 0; d < p.first_depth; d++) fetch_next(d);
+        for (int d = 0; d < p.first_depth; d++) fetch_next(d);
+    }
     if constexpr (kDigits) {
         rows.wait(p.first_depth);
         digits.from_shared(rows.row(0));

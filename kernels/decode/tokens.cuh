@@ -10,6 +10,7 @@ template <class C, class Q, class S, bool kLift, bool kApart>
 struct Rows {
     static constexpr bool kHalves = Q::kHalves;
     static constexpr int kGroups = S::kGroups == 0 || kHalves ? 1 : S::kGroups;  // whose sums there are, per stage
+    static constexpr bool kSums = kHalves || kNeedsSums<Q, S>;
     uint32_t barrier, rows;
     int blocks, length, stride, sum_stride, count, pitch;
 
@@ -19,7 +20,9 @@ struct Rows {
         : barrier(at), rows(at + 16), blocks(blocks), length(length), count(count), pitch(pitch) {
         // Off a multiple of 128 bytes, so that two rows lie in different banks.
         stride = blocks * 128 + 64;
-        sum_stride = (blocks + 1) / 2 * kGroups * 4;
+        // Not where nobody asks for them: with several tokens it is this much that may keep the second kernel's block from
+        // a place beside the first one's.
+        sum_stride = kSums ? (blocks + 1) / 2 * kGroups * 4 : 0;
     }
 
     __device__ __forceinline__ uint32_t row(int i) const { return rows + i * stride; }

@@ -110,9 +110,12 @@ fn second_stages(format: Format) -> usize {
     if format.codes.words() == 1 { 2 } else { 1 }
 }
 
-/// As `Rows` of kernels/decode/tokens.cuh: barrier, rows off a multiple of 128 bytes, sums of scale groups.
+/// As `Rows` of kernels/decode/tokens.cuh: barrier, rows off a multiple of 128 bytes, sums of scale groups where codes have
+/// an offset or a zero point, stages' units of e4m3.
 fn rows(format: Format, blocks: usize, count: usize) -> usize {
-    16 + count * (blocks * 128 + 64 + blocks.div_ceil(2) * format.scales.groups().max(1) * 4)
+    let sums = matches!(format.codes, Codes::U4 | Codes::E4m3) || format.scales.zeros();
+    let groups = if sums { format.scales.groups().max(1) } else { 0 };
+    16 + count * (blocks * 128 + 64 + blocks.div_ceil(2) * groups * 4)
 }
 
 /// As `Digits` of kernels/decode/digits.cuh: three digits a column, off a multiple of 128 bytes; units, sums.

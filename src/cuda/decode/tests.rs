@@ -84,9 +84,12 @@ fn a_few_tokens_units_are_all_at_work_at_once() {
     assert_eq!((shape(QWEN3, 2), shape(QWEN3, 5)), ((12, 12, 2), (16, 16, 2)));
     assert_eq!((shape(DEEPSEEK_TP8, 2), shape(DEEPSEEK_TP8, 6)), ((8, 16, 2), (12, 12, 2)));
     assert_eq!((shape(QWEN3, 4), shape(MIXTRAL, 4).0), ((8, 16, 2), 8));
-    // The second kernel's block has room beside the first's.
-    let plan = Plan::new(sizes(INT4.0, INT4.1, QWEN3), H200, 2).unwrap();
-    assert!(plan.first.shared + plan.second.shared + 2 * (1024 + STATIC_SHARED) <= 228 << 10, "{plan:?}");
+    // The second kernel's block has room beside the first's, with the 2816 bytes of static shared memory that they have.
+    for (codes, scales) in [INT4, (Codes::E2m1, StageScales::E8m0), (Codes::E2m1, StageScales::E4m3)] {
+        let plan = Plan::new(sizes(codes, scales, QWEN3), H200, 2).unwrap();
+        assert_eq!((plan.first.warps, plan.first.depth, plan.second.depth), (12, 2, 2), "{scales:?}");
+        assert!(plan.first.shared + plan.second.shared + 2 * (1024 + 2816) <= 228 << 10, "{plan:?}");
+    }
 }
 
 #[test]
@@ -107,7 +110,8 @@ fn clusters_where_multiprocessors_would_be_idle_or_rows_have_no_room() {
     }
     // Half of the rows fit, of up to four tokens; of eight not even that.
     assert_eq!((sharing(INT4, MIXTRAL, 2), sharing(INT4, MIXTRAL, 4)), (None, Some((4, 1, 2))));
-    assert_eq!((sharing(nvfp4, MIXTRAL, 4), sharing(nvfp4, MIXTRAL, 8)), (Some((4, 1, 1)), None));
+    assert_eq!((sharing(nvfp4, MIXTRAL, 4), sharing(nvfp4, MIXTRAL, 8)), (Some((4, 1, 2)), None));
+    assert_eq!(sharing(nvfp4, MIXTRAL, 5), Some((4, 1, 1)));
     for layer in [QWEN3, DEEPSEEK_TP8] {
         assert_eq!(sharing(INT4, layer, 4), None);
     }
