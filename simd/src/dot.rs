@@ -136,7 +136,7 @@ unsafe fn tile<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize>
                         y = I::fma(y, I::splat(128.0), I::to_float(sums[m][v][part]));
                     }
                     let y = if scale == GroupScale::None { y } else { I::mul(y, weight) };
-                    acc[m][v] = I::add(acc[m][v], I::mul(y, I::splat(x[m].cast::<f32>().read())));
+                    acc[m][v] = I::add(acc[m][v], I::mul(y, I::each::<0>(x[m].cast())));
                 }
             }
             p = p.add(steps * STEP_BYTES);
