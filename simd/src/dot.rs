@@ -13,7 +13,7 @@ use crate::fixed::{PARTS, WIDE_HEAD};
 use crate::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
 use crate::int8::{BLOCK, HEAD, bias};
 use crate::isa::Isa;
-use crate::kernel::{FAR, Job, NEAR, PREFETCH};
+use crate::kernel::{Job, NEAR, PREFETCH};
 
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
@@ -211,7 +211,7 @@ unsafe fn block<
             I::prefetch(step.wrapping_add(64));
         }
         if M == 1 && !FETCH && four % F::FOURS == 0 {
-            let ahead = if F::BIASED { NEAR } else { FAR };
+            let ahead = if F::BIASED { NEAR } else { PREFETCH };
             let step = p.wrapping_add(ahead + four / F::FOURS * STEP_BYTES);
             I::prefetch(step);
             I::prefetch(step.wrapping_add(64));

@@ -6,7 +6,7 @@
 
 use crate::CpuIsa;
 use crate::isa::Isa;
-use crate::kernel::{FAR, NEAR};
+use crate::kernel::{NEAR, PREFETCH};
 use crate::{Rounding, fixed, int8, pairs, scaled};
 
 /// Rows of a panel.
@@ -243,7 +243,7 @@ pub(crate) trait Format {
     /// Activations come in the scaled form.
     const SCALED: bool = false;
     /// How far ahead a lone token asks for memory.
-    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { FAR };
+    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { PREFETCH };
 
     /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
     ///

@@ -10,15 +10,13 @@ use crate::{Rounding, dot, fixed, float, int8, math, nibble, scaled};
 /// Tokens that a caller hands over at once.
 pub const CHUNK: usize = 12;
 
-/// How far ahead of the running step memory is asked for, for several tokens.
-pub(crate) const PREFETCH: usize = 8192;
+/// How far ahead of the running step memory is asked for, for several tokens and for a lone one whose weights take many
+/// instructions to decode: the processor does not look far enough past them. Not two pages, 8192, where lines lie in the sets of
+/// the first-level cache that are in use.
+pub(crate) const PREFETCH: usize = 7680;
 
-/// The same for a lone token whose weights take many instructions to decode: the processor does not look far enough past
-/// them. Not two pages, 8192, where lines lie in the sets of the first-level cache that are in use.
-pub(crate) const FAR: usize = 7680;
-
-/// The same where they take few. It looks far enough by itself; but then its own prefetcher, which sees lines in the order
-/// in which they are used, keeps ahead of it.
+/// The same for a lone token whose weights take few. The processor looks far enough by itself; but then its own prefetcher,
+/// which sees lines in the order in which they are used, keeps ahead of it.
 pub(crate) const NEAR: usize = 256;
 
 /// Panels times `x[0 .. tokens]`.

@@ -14,7 +14,7 @@
 use crate::fixed::{BLOCK, HEAD, PARTS};
 use crate::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
 use crate::isa::Isa;
-use crate::kernel::{FAR, Job};
+use crate::kernel::{Job, PREFETCH};
 
 /// A panel times the fixed-point forms `job.x`.
 ///
@@ -338,7 +338,7 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
         // a choice between tiles costs a quarter of the speed.
         if M == 1 || I::LANES == 16 {
             for line in (0..4 * V * I::LANES).step_by(64) {
-                I::prefetch(p.wrapping_add(FAR + line));
+                I::prefetch(p.wrapping_add(PREFETCH + line));
             }
         }
         for half in 0..2 {
