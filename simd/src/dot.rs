@@ -13,7 +13,7 @@ use crate::fixed::{PARTS, WIDE_HEAD};
 use crate::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
 use crate::int8::{BLOCK, HEAD, bias};
 use crate::isa::Isa;
-use crate::kernel::{FAR, Job, NEAR, PREFETCH};
+use crate::kernel::{Job, NEAR, PREFETCH};
 
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
@@ -136,7 +136,7 @@ unsafe fn tile<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize>
                         y = I::fma(y, I::splat(128.0), I::to_float(sums[m][v][part]));
                     }
                     let y = if scale == GroupScale::None { y } else { I::mul(y, weight) };
-                    acc[m][v] = I::add(acc[m][v], I::mul(y, I::splat(x[m].cast::<f32>().read())));
+                    acc[m][v] = I::add(acc[m][v], I::mul(y, I::each::<0>(x[m].cast())));
                 }
             }
             p = p.add(steps * STEP_BYTES);
@@ -211,7 +211,7 @@ unsafe fn block<
             I::prefetch(step.wrapping_add(64));
         }
         if M == 1 && !FETCH && four % F::FOURS == 0 {
-            let ahead = if F::BIASED { NEAR } else { FAR };
+            let ahead = if F::BIASED { NEAR } else { PREFETCH };
             let step = p.wrapping_add(ahead + four / F::FOURS * STEP_BYTES);
             I::prefetch(step);
             I::prefetch(step.wrapping_add(64));

@@ -6,7 +6,7 @@
 
 use crate::CpuIsa;
 use crate::isa::Isa;
-use crate::kernel::{FAR, NEAR};
+use crate::kernel::{NEAR, PREFETCH};
 use crate::{Rounding, fixed, int8, pairs, scaled};
 
 /// Rows of a panel.
@@ -243,7 +243,7 @@ pub(crate) trait Format {
     /// Activations come in the scaled form.
     const SCALED: bool = false;
     /// How far ahead a lone token asks for memory.
-    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { FAR };
+    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { PREFETCH };
 
     /// Writes the values of `LANES` rows from `row` on to the first `STEP` vectors of `w`.
     ///
@@ -348,7 +348,7 @@ impl<F: Nibbles> Bytes for F {
     #[inline(always)]
     unsafe fn decode<I: Isa>(p: *const u8, four: usize) -> I::Bytes {
         // SAFETY: as the caller promises.
-        unsafe { F::decode::<I>(if four == 0 { I::nibbles::<false>(p) } else { I::nibbles::<true>(p) }) }
+        unsafe { if four == 0 { F::decode::<I, false>(p) } else { F::decode::<I, true>(p) } }
     }
 }
 
@@ -361,12 +361,12 @@ pub(crate) trait Nibbles {
     /// Its formats have groups of 16 or 32.
     const SMALL_GROUPS: bool;
 
-    /// From codes to bytes.
+    /// Those of the low or the high halves of `LANES * 4` bytes.
     ///
     /// # Safety
     ///
     /// As for [`Isa`].
-    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes;
+    unsafe fn decode<I: Isa, const HIGH: bool>(p: *const u8) -> I::Bytes;
 }
 
 /// [`Code::E2m1`]: twice the value, plus 12.
@@ -382,9 +382,9 @@ impl Nibbles for E2m1 {
     const SMALL_GROUPS: bool = true;
 
     #[inline(always)]
-    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
+    unsafe fn decode<I: Isa, const HIGH: bool>(p: *const u8) -> I::Bytes {
         // SAFETY: as the caller promises.
-        unsafe { I::e2m1(codes) }
+        unsafe { I::e2m1::<HIGH>(p) }
     }
 }
 
@@ -394,8 +394,9 @@ impl Nibbles for U4 {
     const SMALL_GROUPS: bool = false;
 
     #[inline(always)]
-    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
-        codes
+    unsafe fn decode<I: Isa, const HIGH: bool>(p: *const u8) -> I::Bytes {
+        // SAFETY: as the caller promises.
+        unsafe { I::nibbles::<HIGH>(p) }
     }
 }
 
@@ -405,7 +406,8 @@ impl Nibbles for U4Zero {
     const SMALL_GROUPS: bool = false;
 
     #[inline(always)]
-    unsafe fn decode<I: Isa>(codes: I::Bytes) -> I::Bytes {
-        codes
+    unsafe fn decode<I: Isa, const HIGH: bool>(p: *const u8) -> I::Bytes {
+        // SAFETY: as the caller promises.
+        unsafe { I::nibbles::<HIGH>(p) }
     }
 }

@@ -27,6 +27,12 @@ pub(crate) trait Isa: Copy {
     type Ints: Copy;
 
     unsafe fn splat(x: f32) -> Self::V;
+    /// Element `AT`, in every lane.
+    #[inline(always)]
+    unsafe fn each<const AT: usize>(p: *const f32) -> Self::V {
+        // SAFETY: as the caller promises.
+        unsafe { Self::splat(p.add(AT).read()) }
+    }
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
     /// a * b + c
@@ -54,8 +60,8 @@ pub(crate) trait Isa: Copy {
     unsafe fn e4m3x4(p: *const u8) -> [Self::V; 4];
     /// The low or the high halves of `LANES * 4` bytes.
     unsafe fn nibbles<const HIGH: bool>(p: *const u8) -> Self::Bytes;
-    /// e2m1 codes (below 16) to [`E2M1_BYTES`].
-    unsafe fn e2m1(codes: Self::Bytes) -> Self::Bytes;
+    /// The same of e2m1 codes, to [`E2M1_BYTES`].
+    unsafe fn e2m1<const HIGH: bool>(p: *const u8) -> Self::Bytes;
     /// Four signed bytes, for every row.
     unsafe fn four(p: *const u8) -> Self::Bytes;
     /// Nothing summed yet.
@@ -100,8 +106,8 @@ pub(crate) trait PairDots: Isa {
     /// Two bfloat16 per row.
     type Pairs: Copy;
 
-    /// A pair, for every row.
-    unsafe fn pair(p: *const f32) -> Self::Pairs;
+    /// Pair `AT`, for every row.
+    unsafe fn pair<const AT: usize>(p: *const f32) -> Self::Pairs;
     /// Adds both products of each row, in float32, subnormal numbers being zeros.
     unsafe fn dot_pairs(sum: Self::V, w: Self::Pairs, x: Self::Pairs) -> Self::V;
     /// `LANES` rows of 2 columns.

@@ -2,8 +2,8 @@
 //! change elsewhere, or another set of features, leaves them as they are. No stable interface: what of it is public there,
 //! moe-oracle re-exports.
 //!
-//! See [`format`] for the layout of packed weights and [`kernel`] for the loop, for whose entry points callers ask by
-//! instruction set and [`format::Shape`]. With 4-bit weights products are integer ones, activations being brought into a
+//! See [`format`] for the layout of packed weights, `float` for the loop and [`kernel`] for its entry points, for which callers
+//! ask by instruction set and [`format::Shape`]. With 4-bit weights products are integer ones, activations being brought into a
 //! fixed-point form that is as good as exact: see [`fixed`] for the form and `nibble` for the loop; so are those of int8
 //! weights where there is VNNI, see `dot`. E4m3 weights take activations multiplied by a power of two: see [`scaled`].
 //!
@@ -15,6 +15,7 @@ mod activation;
 mod detect;
 mod dot;
 pub mod fixed;
+mod float;
 pub mod format;
 mod int8;
 mod isa;

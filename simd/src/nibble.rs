@@ -14,7 +14,7 @@
 use crate::fixed::{BLOCK, HEAD, PARTS};
 use crate::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
 use crate::isa::Isa;
-use crate::kernel::{FAR, Job};
+use crate::kernel::{Job, PREFETCH};
 
 /// A panel times the fixed-point forms `job.x`.
 ///
@@ -44,16 +44,143 @@ unsafe fn tokens<I: Isa, F: Nibbles>(job: &mut Job<'_>, scale: GroupScale) {
     let mut t = 0;
     while t + 2 <= tokens {
         // Twelve sums and what feeds them fit 32 registers, but not 16.
-        if I::LANES == 16 {
-            tile::<I, F, 2, 2>(job, t, scale);
-        } else {
+        if I::LANES != 16 {
             tile::<I, F, 2, 1>(job, t, scale);
+        } else if !whole::<I, F, 2>(job, t) {
+            tile::<I, F, 2, 2>(job, t, scale);
         }
         t += 2;
     }
-    if t < tokens {
+    if t < tokens && !whole::<I, F, 1>(job, t) {
         tile::<I, F, 1, 2>(job, t, scale);
     }
+}
+
+/// Panels one after the other times a lone row, in one loop: between calls the processor runs out of loads that are under way.
+/// False if nothing was done, as where there are fewer than sixteen lanes.
+///
+/// # Safety
+///
+/// As for [`crate::kernel::PanelFn`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+pub(crate) unsafe fn lone<I: Isa, F: Nibbles>(job: &mut Job<'_>) -> bool {
+    job.x.len() == 1 && whole::<I, F, 1>(job, 0)
+}
+
+/// What [`tile`] computes for tokens `t .. t + M`, with sums in registers, if there are sixteen lanes and groups are usual ones;
+/// false if nothing was done. A lone token may have several panels.
+///
+/// # Safety
+///
+/// As for [`panel`]; the tokens exist.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn whole<I: Isa, F: Nibbles, const M: usize>(job: &mut Job<'_>, t: usize) -> bool {
+    let (cols, group) = (job.shape.cols, job.shape.group);
+    if I::LANES != 16 || !cols.is_multiple_of(group) {
+        return false;
+    }
+    match (job.shape.scale, group) {
+        (GroupScale::E8m0, 32) if F::SMALL_GROUPS => groups::<I, F, M, 4>(job, t, GroupScale::E8m0),
+        (GroupScale::E4m3, 16) if F::SMALL_GROUPS => groups::<I, F, M, 2>(job, t, GroupScale::E4m3),
+        (scale, _) if group.is_multiple_of(BLOCK) => groups::<I, F, M, 0>(job, t, scale),
+        _ => return false,
+    }
+    true
+}
+
+/// The same of groups that are a block of `STEPS` steps or, where that is 0, whole blocks.
+///
+/// # Safety
+///
+/// As for [`whole`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn groups<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
+    job: &mut Job<'_>,
+    t: usize,
+    scale: GroupScale,
+) {
+    let shape = job.shape;
+    let zero = I::splat(0.0);
+    let start: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
+    let mut p = job.panel.as_ptr();
+    let count = if STEPS == 0 { shape.cols / shape.group } else { shape.cols / (STEPS * STEP_4BIT) };
+    let blocks = shape.group / BLOCK;
+    for out in job.out[t..].chunks_exact_mut(M).take(if M == 1 { usize::MAX } else { 1 }) {
+        let base = p.cast::<f32>();
+        p = p.add(shape.head());
+        let mut x = start;
+        let mut acc = [[zero; 2]; M];
+        for _ in 0..count {
+            let scales = p;
+            let zeros = p.add(scale.bytes());
+            p = if F::ZERO { zeros.add(PANEL) } else { zeros };
+            let mut sum = [[zero; 2]; M];
+            if STEPS > 0 {
+                sum = block::<I, F, M, STEPS>(&mut p, &mut x, zeros);
+            } else {
+                for _ in 0..blocks {
+                    let y = block::<I, F, M, { BLOCK / STEP_4BIT }>(&mut p, &mut x, zeros);
+                    for m in 0..M {
+                        for v in 0..2 {
+                            // A lone block is its group's sum, and 0 more changes no bit of what it adds.
+                            sum[m][v] = I::add(sum[m][v], y[m][v]);
+                        }
+                    }
+                }
+            }
+            for v in 0..2 {
+                let s = scale.load::<I>(scales, v * I::LANES);
+                for m in 0..M {
+                    acc[m][v] = I::add(acc[m][v], I::mul(sum[m][v], s));
+                }
+            }
+        }
+        for v in 0..2 {
+            let at = v * I::LANES;
+            let factor = I::load(base.add(at));
+            for m in 0..M {
+                let mut y = I::mul(acc[m][v], factor);
+                if shape.bias {
+                    y = I::add(y, I::load(base.add(PANEL + at)));
+                }
+                I::store(out[m].as_mut_ptr().add(at), y);
+            }
+        }
+    }
+}
+
+/// The shares of a block of `STEPS` steps, of all rows, and past it.
+///
+/// # Safety
+///
+/// As for [`whole`]; `p` is the block's first step, `x` its forms, `zeros` its group's zero points.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn block<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
+    p: &mut *const u8,
+    x: &mut [*const u8; M],
+    zeros: *const u8,
+) -> [[I::V; 2]; M] {
+    let sums = dot::<I, F, M, 2>(STEPS, *p, x);
+    let mut y = [[I::splat(0.0); 2]; M];
+    for m in 0..M {
+        let scale = I::each::<0>(x[m].cast());
+        let sum = x[m].add(4).cast::<i32>().read();
+        for v in 0..2 {
+            let total = I::total(sums[m][v]);
+            let total = match F::ZERO {
+                true => I::corrected(total, I::u8_int(zeros.add(v * I::LANES)), I::splat_int(sum)),
+                false => I::corrected(total, I::splat_int(1), I::splat_int(F::OFFSET * sum)),
+            };
+            y[m][v] = I::mul(I::to_float(total), scale);
+        }
+        x[m] = x[m].add(HEAD + STEPS * STEP_4BIT * PARTS);
+    }
+    *p = p.add(STEPS * STEP_BYTES);
+    y
 }
 
 /// All rows for tokens `t .. t + M`, `V` vectors of rows at a time, block by block, so that the panel is read in one go.
@@ -158,7 +285,7 @@ impl<const M: usize> Place<'_, M> {
             let sums = dot::<I, F, M, V>(steps, self.p.add(4 * row), &x);
             let mut y = [[I::splat(0.0); V]; M];
             for m in 0..M {
-                let scale = I::splat(x[m].cast::<f32>().read());
+                let scale = I::each::<0>(x[m].cast());
                 let sum = I::splat_int(x[m].add(4).cast::<i32>().read());
                 for v in 0..V {
                     let zero = match F::ZERO {
@@ -201,6 +328,9 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
     p: *const u8,
     x: &[*const u8; M],
 ) -> [[[I::Products; PARTS]; V]; M] {
+    // For a lone token codes are read once for their low and once for their high halves, by the instructions that take them apart:
+    // one less, and (as with plain loads) memory comes a little faster so.
+    let again = if M == 1 && I::LANES == 16 { I::anew(p) } else { p };
     let mut sums = [[[I::no_products(); PARTS]; V]; M];
     for step in 0..steps {
         let p = p.add(step * STEP_BYTES);
@@ -208,11 +338,12 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
         // a choice between tiles costs a quarter of the speed.
         if M == 1 || I::LANES == 16 {
             for line in (0..4 * V * I::LANES).step_by(64) {
-                I::prefetch(p.wrapping_add(FAR + line));
+                I::prefetch(p.wrapping_add(PREFETCH + line));
             }
         }
         for half in 0..2 {
             // No closure: one that is not inlined calls every intrinsic as a function.
+            let p = if half == 0 { p } else { again.add(step * STEP_BYTES) };
             let mut codes = [half_step::<I, F>(p, half); V];
             for v in 1..V {
                 codes[v] = half_step::<I, F>(p.add(4 * v * I::LANES), half);
@@ -238,5 +369,5 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn half_step<I: Isa, F: Nibbles>(p: *const u8, half: usize) -> I::Bytes {
-    F::decode::<I>(if half == 0 { I::nibbles::<false>(p) } else { I::nibbles::<true>(p) })
+    if half == 0 { F::decode::<I, false>(p) } else { F::decode::<I, true>(p) }
 }

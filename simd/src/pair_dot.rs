@@ -9,6 +9,7 @@ use crate::isa::PairDots;
 use crate::kernel::{CHUNK, Job, PREFETCH, PanelFn};
 use crate::pair_format::Pairs;
 use crate::pairs::HEAD;
+use std::ops::Range;
 
 /// Vectors of a panel's rows.
 const V: usize = 2;
@@ -81,6 +82,79 @@ unsafe fn tokens<I: PairDots, F: Pairs>(job: &mut Job<'_>, mut t: usize, end: us
     }
 }
 
+/// Panels one after the other times a lone row, if it is in pairs and groups are usual ones; false if nothing was done. In one
+/// loop, for between calls and where branches are mispredicted the processor runs out of loads that are under way.
+///
+/// # Safety
+///
+/// As for [`PanelFn`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+pub(crate) unsafe fn lone<I: PairDots, F: Pairs>(job: &mut Job<'_>) -> bool {
+    let (cols, group) = (job.shape.cols, job.shape.group);
+    if job.x.len() != 1 || job.x[0].read() == 0.0 || !cols.is_multiple_of(group) || !group.is_multiple_of(F::STEP) {
+        return false;
+    }
+    match (job.shape.scale, group / F::STEP) {
+        (GroupScale::E8m0, 4) if F::SMALL_GROUPS => groups::<I, F, 4>(job, GroupScale::E8m0),
+        (GroupScale::E4m3, 2) if F::SMALL_GROUPS => groups::<I, F, 2>(job, GroupScale::E4m3),
+        (scale, steps) if steps % 4 == 0 => groups::<I, F, 0>(job, scale),
+        _ => return false,
+    }
+    true
+}
+
+/// What [`tile`] computes, of whole groups of `STEPS` steps or, where that is 0, of steps by fours.
+///
+/// # Safety
+///
+/// As for [`lone`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn groups<I: PairDots, F: Pairs, const STEPS: usize>(job: &mut Job<'_>, scale: GroupScale) {
+    let shape = job.shape;
+    let zero = I::splat(0.0);
+    let head = job.x[0].read();
+    let start = job.x[0].add(HEAD);
+    let mut p = job.panel.as_ptr();
+    let count = if STEPS == 0 { shape.cols / shape.group } else { shape.cols / (STEPS * F::STEP) };
+    let fours = shape.group / (4 * F::STEP);
+    for out in job.out.iter_mut() {
+        let base = p.cast::<f32>();
+        p = p.add(shape.head());
+        let mut x = [start];
+        let mut acc = [zero; V];
+        for _ in 0..count {
+            let scales = p;
+            p = p.add(scale.bytes());
+            let mut sums = [[[zero; V]; 1]; 2];
+            for _ in 0..if STEPS == 0 { fours } else { 1 } {
+                for _ in 0..if STEPS == 0 { 4 } else { STEPS } {
+                    let ahead = p.wrapping_add(F::AHEAD);
+                    I::prefetch(ahead);
+                    I::prefetch(ahead.wrapping_add(64));
+                    step::<I, F, 1>(p, &x, &mut sums);
+                    p = p.add(STEP_BYTES);
+                    x[0] = x[0].add(F::STEP / 2);
+                }
+            }
+            for v in 0..V {
+                let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, v * I::LANES) };
+                let sum = if F::STEP == 2 { sums[0][0][v] } else { I::add(sums[0][0][v], sums[1][0][v]) };
+                acc[v] = I::fma(sum, s, acc[v]);
+            }
+        }
+        for v in 0..V {
+            let at = v * I::LANES;
+            let mut y = I::mul(I::mul(acc[v], I::splat(head)), I::load(base.add(at)));
+            if shape.bias {
+                y = I::add(y, I::load(base.add(PANEL + at)));
+            }
+            I::store(out.as_mut_ptr().add(at), y);
+        }
+    }
+}
+
 /// All rows for tokens `t .. t + M`.
 ///
 /// # Safety
@@ -149,15 +223,59 @@ unsafe fn step<I: PairDots, F: Pairs, const M: usize>(
     sums: &mut [[[I::V; V]; M]; 2],
 ) {
     let mut w = [F::decode::<I>(p); V];
-    for v in 1..V {
-        w[v] = F::decode::<I>(p.add(4 * v * I::LANES));
+    for v in 0..V {
+        if v > 0 {
+            w[v] = F::decode::<I>(p.add(4 * v * I::LANES));
+        }
+        // A single token uses each value once, right here, before it could leave its register.
+        if M == 1 {
+            pairs::<I, F, M>(&w, v..v + 1, x, sums);
+        }
     }
-    for k in 0..F::STEP / 2 {
-        for m in 0..M {
-            let x = I::pair(x[m].add(k));
-            for v in 0..V {
-                sums[k % 2][m][v] = I::dot_pairs(sums[k % 2][m][v], w[v][k], x);
-            }
+    if M > 1 {
+        pairs::<I, F, M>(&w, 0..V, x, sums);
+    }
+}
+
+/// Adds the products of the step's pairs, of these vectors of rows.
+///
+/// # Safety
+///
+/// As for [`step`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn pairs<I: PairDots, F: Pairs, const M: usize>(
+    w: &[[I::Pairs; 4]; V],
+    rows: Range<usize>,
+    x: &[*const f32; M],
+    sums: &mut [[[I::V; V]; M]; 2],
+) {
+    pair::<I, F, M, 0>(w, rows.clone(), x, sums);
+    pair::<I, F, M, 1>(w, rows.clone(), x, sums);
+    pair::<I, F, M, 2>(w, rows.clone(), x, sums);
+    pair::<I, F, M, 3>(w, rows, x, sums);
+}
+
+/// The same of pair `K`, if a step has so many.
+///
+/// # Safety
+///
+/// As for [`step`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn pair<I: PairDots, F: Pairs, const M: usize, const K: usize>(
+    w: &[[I::Pairs; 4]; V],
+    rows: Range<usize>,
+    x: &[*const f32; M],
+    sums: &mut [[[I::V; V]; M]; 2],
+) {
+    if K >= F::STEP / 2 {
+        return;
+    }
+    for m in 0..M {
+        let x = I::pair::<K>(x[m]);
+        for v in rows.clone() {
+            sums[K % 2][m][v] = I::dot_pairs(sums[K % 2][m][v], w[v][K], x);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::format::{Bf16, E2m1, E4m3, STEP_4BIT, U4};
 use crate::isa::PairDots;
-use crate::kernel::{FAR, NEAR};
+use crate::kernel::{NEAR, PREFETCH};
 
 /// Decoding of codes to pairs of bfloat16 that are their weights (or a multiple of them) exactly.
 pub(crate) trait Pairs {
@@ -13,7 +13,7 @@ pub(crate) trait Pairs {
     /// See [`crate::format::Nibbles::SMALL_GROUPS`].
     const SMALL_GROUPS: bool;
     /// How far ahead a lone token asks for memory.
-    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { FAR };
+    const AHEAD: usize = if Self::STEP == 2 { NEAR } else { PREFETCH };
 
     /// The first `STEP / 2` are the pairs of `LANES` rows.
     ///

@@ -90,7 +90,8 @@ impl Isa for Avx2 {
         _mm256_and_si256(bytes, _mm256_set1_epi8(0xf))
     }
     #[inline(always)]
-    unsafe fn e2m1(codes: __m256i) -> __m256i {
+    unsafe fn e2m1<const HIGH: bool>(p: *const u8) -> __m256i {
+        let codes = Self::nibbles::<HIGH>(p);
         _mm256_shuffle_epi8(table(&E2M1_BYTES), codes)
     }
     #[inline(always)]

@@ -1,15 +1,15 @@
-//! Sixteen lanes with AVX-512 F and BW, and with VNNI where there is that.
+//! Sixteen lanes with AVX-512 F and BW, and with VNNI and VBMI where there are those.
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use super::{E2M1_BYTES, Isa, anew};
 use std::arch::x86_64::*;
 
-/// 512-bit vectors; whether the processor has VNNI too.
+/// 512-bit vectors; whether the processor has VNNI too, and VBMI.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512<const VNNI: bool>;
+pub(crate) struct Avx512<const VNNI: bool, const VBMI: bool = false>;
 
-impl<const VNNI: bool> Isa for Avx512<VNNI> {
+impl<const VNNI: bool, const VBMI: bool> Isa for Avx512<VNNI, VBMI> {
     const LANES: usize = 16;
     type V = __m512;
     type Bytes = __m512i;
@@ -19,6 +19,10 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
         _mm512_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn each<const AT: usize>(p: *const f32) -> __m512 {
+        _mm512_castsi512_ps(each::<AT>(p))
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
@@ -90,7 +94,14 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
         _mm512_and_si512(bytes, _mm512_set1_epi8(0xf))
     }
     #[inline(always)]
-    unsafe fn e2m1(codes: __m512i) -> __m512i {
+    unsafe fn e2m1<const HIGH: bool>(p: *const u8) -> __m512i {
+        if VBMI {
+            // Six bits of each byte are looked at, with the table four times: no need to clear the upper two.
+            let codes = _mm512_loadu_si512(p.cast());
+            let codes = if HIGH { _mm512_srli_epi16(codes, 4) } else { codes };
+            return _mm512_permutexvar_epi8(codes, table(&E2M1_BYTES));
+        }
+        let codes = Self::nibbles::<HIGH>(p);
         _mm512_shuffle_epi8(table(&E2M1_BYTES), codes)
     }
     #[inline(always)]
@@ -174,6 +185,22 @@ impl<const VNNI: bool> Isa for Avx512<VNNI> {
     unsafe fn prefetch(p: *const u8) {
         _mm_prefetch::<_MM_HINT_T0>(p.cast())
     }
+}
+
+/// Element `AT` in every lane. Of such a load, where floats are wanted, compilers make `vbroadcastss`, which on Zen 4 keeps a
+/// shuffling unit busy for as long as a permutation does; this one is but a load.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn each<const AT: usize>(p: *const f32) -> __m512i {
+    let v;
+    std::arch::asm!(
+        "vpbroadcastd {v}, dword ptr [{p} + {at}]",
+        v = lateout(zmm_reg) v,
+        p = in(reg) p,
+        at = const 4 * AT,
+        options(pure, readonly, nostack, preserves_flags)
+    );
+    v
 }
 
 /// Sixteen bytes to look up, in every 128 bits. (Not a closure: one that is not inlined calls intrinsics as functions.)

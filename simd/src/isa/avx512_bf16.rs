@@ -2,16 +2,16 @@
 // Every function here is unsafe under the one contract stated at `Isa`.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::avx512::Avx512;
+use super::avx512::{Avx512, each};
 use super::{E2M1_PAIRS, E4M3_PAIRS, PairDots, U4_PAIRS};
 use std::arch::x86_64::*;
 
-impl PairDots for Avx512<true> {
+impl PairDots for Avx512<true, true> {
     type Pairs = __m512i;
 
     #[inline(always)]
-    unsafe fn pair(p: *const f32) -> __m512i {
-        _mm512_set1_epi32(p.cast::<i32>().read_unaligned())
+    unsafe fn pair<const AT: usize>(p: *const f32) -> __m512i {
+        each::<AT>(p)
     }
     #[inline(always)]
     unsafe fn dot_pairs(sum: __m512, w: __m512i, x: __m512i) -> __m512 {

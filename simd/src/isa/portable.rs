@@ -100,7 +100,8 @@ impl Isa for Portable {
         std::array::from_fn(|i| i16::from(if HIGH { bytes[i] >> 4 } else { bytes[i] & 0xf }))
     }
     #[inline(always)]
-    unsafe fn e2m1(codes: [i16; 4 * N]) -> [i16; 4 * N] {
+    unsafe fn e2m1<const HIGH: bool>(p: *const u8) -> [i16; 4 * N] {
+        let codes = Self::nibbles::<HIGH>(p);
         codes.map(|c| i16::from(E2M1_BYTES[usize::from(c as u8 & 0xf)]))
     }
     #[inline(always)]

@@ -1,0 +1,219 @@
+//! The micro-kernel of float32 products: one panel, decoded to float32, times the rows of some tokens.
+//!
+//! Lanes are rows of the panel and K runs sequentially, so that each output is two chains of multiply-adds (even and odd
+//! columns) in an order that depends on nothing but the matrix: any tile of tokens gives the same bits.
+
+use crate::format::{Format, GroupScale, PANEL, STEP_BYTES};
+use crate::isa::Isa;
+use crate::kernel::{Job, PREFETCH};
+use crate::scaled;
+use std::ops::Range;
+
+/// # Safety
+///
+/// As for [`crate::kernel::PanelFn`]; tokens `t .. t + M` exist and `row + V * LANES <= 32`.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize, row: usize) {
+    let shape = job.shape;
+    let zero = I::splat(0.0);
+    let mut x = [std::ptr::null::<f32>(); M];
+    x.copy_from_slice(&job.x[t..t + M]);
+    let mut heads = [1f32; M];
+    if F::SCALED {
+        for m in 0..M {
+            heads[m] = x[m].read();
+            x[m] = x[m].add(scaled::HEAD);
+        }
+    }
+    let base = job.panel.as_ptr();
+    let mut p = base.add(shape.head());
+    let (cols, group, scale) = (shape.cols, shape.group, shape.scale);
+    // Results of single groups are added up in memory: the registers are the group's.
+    let mut acc = [[zero; V]; M];
+    let mut k = 0;
+    while k < cols {
+        let len = group.min(cols - k);
+        let scales = p;
+        p = p.add(scale.bytes());
+        let mut zeros = [zero; V];
+        if F::ZERO {
+            for v in 0..V {
+                zeros[v] = I::u8(p.add(row + v * I::LANES));
+            }
+            p = p.add(PANEL);
+        }
+        let mut sums = [[[zero; V]; M]; 2];
+        for _ in 0..len / F::STEP {
+            if t == 0 {
+                let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
+                I::prefetch(ahead);
+                I::prefetch(ahead.wrapping_add(64));
+            }
+            step::<I, F, M, V>(p, row, &zeros, &x, &mut sums);
+            p = p.add(STEP_BYTES);
+            for m in 0..M {
+                x[m] = x[m].add(F::STEP);
+            }
+            k += F::STEP;
+        }
+        let rest = len % F::STEP;
+        if rest > 0 {
+            // The step's other columns meet zeros: they are neither this group's nor, at the end, there at all.
+            let mut tail = [[0f32; 4]; M];
+            let mut tail_x = [std::ptr::null::<f32>(); M];
+            for m in 0..M {
+                for i in 0..rest {
+                    tail[m][i] = x[m].add(i).read();
+                }
+                tail_x[m] = tail[m].as_ptr();
+                x[m] = x[m].add(rest);
+            }
+            step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sums);
+            p = p.add(STEP_BYTES);
+            k += rest;
+        }
+        for v in 0..V {
+            let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, row + v * I::LANES) };
+            for m in 0..M {
+                acc[m][v] = I::fma(I::add(sums[0][m][v], sums[1][m][v]), s, acc[m][v]);
+            }
+        }
+    }
+    for v in 0..V {
+        let at = row + v * I::LANES;
+        let factor = I::load(base.cast::<f32>().add(at));
+        for m in 0..M {
+            let y = if F::SCALED { I::mul(acc[m][v], I::splat(heads[m])) } else { acc[m][v] };
+            let mut y = I::mul(y, factor);
+            if shape.bias {
+                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
+            }
+            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+        }
+    }
+}
+
+/// Adds a step to the sums: with sixteen lanes those over even and those over odd columns, for two chains of dependent
+/// operations hide more latency than one; with fewer lanes, whose vectors are more and registers fewer, to the first.
+/// Each output sees the same operations in the same order whatever M and V are.
+///
+/// # Safety
+///
+/// As for [`tile`]; `p` is a step and each of `x` can be read for `STEP` elements.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn step<I: Isa, F: Format, const M: usize, const V: usize>(
+    p: *const u8,
+    row: usize,
+    zeros: &[I::V; V],
+    x: &[*const f32; M],
+    sums: &mut [[[I::V; V]; M]; 2],
+) {
+    let mut w = [[zeros[0]; 4]; V];
+    for v in 0..V {
+        F::decode::<I>(p, row + v * I::LANES, &mut w[v]);
+        if F::ZERO {
+            for k in 0..F::STEP {
+                w[v][k] = I::sub(w[v][k], zeros[v]);
+            }
+        }
+        // A single token uses each value once, right here, before it could leave its register.
+        if M == 1 {
+            columns::<I, F, M, V>(&w, v..v + 1, x, sums);
+        }
+    }
+    if M > 1 {
+        columns::<I, F, M, V>(&w, 0..V, x, sums);
+    }
+}
+
+/// Adds the products of the step's columns, of these vectors of rows.
+///
+/// # Safety
+///
+/// As for [`step`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn columns<I: Isa, F: Format, const M: usize, const V: usize>(
+    w: &[[I::V; 4]; V],
+    rows: Range<usize>,
+    x: &[*const f32; M],
+    sums: &mut [[[I::V; V]; M]; 2],
+) {
+    column::<I, F, M, V, 0>(w, rows.clone(), x, sums);
+    column::<I, F, M, V, 1>(w, rows.clone(), x, sums);
+    column::<I, F, M, V, 2>(w, rows.clone(), x, sums);
+    column::<I, F, M, V, 3>(w, rows, x, sums);
+}
+
+/// The same of column `K`, if a step has so many.
+///
+/// # Safety
+///
+/// As for [`step`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+unsafe fn column<I: Isa, F: Format, const M: usize, const V: usize, const K: usize>(
+    w: &[[I::V; 4]; V],
+    rows: Range<usize>,
+    x: &[*const f32; M],
+    sums: &mut [[[I::V; V]; M]; 2],
+) {
+    if K >= F::STEP {
+        return;
+    }
+    let chain = if I::LANES == 16 { K % 2 } else { 0 };
+    for m in 0..M {
+        let x = I::each::<K>(x[m]);
+        for v in rows.clone() {
+            sums[chain][m][v] = I::fma(w[v][K], x, sums[chain][m][v]);
+        }
+    }
+}
+
+/// A panel times the rows `job.x`.
+///
+/// # Safety
+///
+/// As for [`crate::kernel::PanelFn`].
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+pub(crate) unsafe fn panel<I: Isa, F: Format>(job: &mut Job<'_>) {
+    let tokens = job.x.len();
+    let mut t = 0;
+    if I::LANES == 16 {
+        // Up to 24 sums in 32 registers.
+        while t < tokens {
+            // Tiles of nearly the same size: few tokens for a weight leave the arithmetic idle while it is decoded.
+            let m = (tokens - t).div_ceil((tokens - t).div_ceil(6));
+            match m {
+                1 => tile::<I, F, 1, 2>(job, t, 0),
+                2 => tile::<I, F, 2, 2>(job, t, 0),
+                3 => tile::<I, F, 3, 2>(job, t, 0),
+                4 => tile::<I, F, 4, 2>(job, t, 0),
+                5 => tile::<I, F, 5, 2>(job, t, 0),
+                _ => tile::<I, F, 6, 2>(job, t, 0),
+            }
+            t += m;
+        }
+        return;
+    }
+    while t < tokens {
+        let m = (tokens - t).min(4);
+        if m == 1 {
+            // All rows at once: the panel is read in one go.
+            tile::<I, F, 1, 4>(job, t, 0);
+        }
+        let mut row = 0;
+        while m > 1 && row < PANEL {
+            match m {
+                2 => tile::<I, F, 2, 2>(job, t, row),
+                3 => tile::<I, F, 3, 2>(job, t, row),
+                _ => tile::<I, F, 4, 2>(job, t, row),
+            }
+            row += 2 * I::LANES;
+        }
+        t += m;
+    }
+}
