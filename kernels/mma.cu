@@ -9,13 +9,16 @@
 // memory; the 16-byte chunks of a row are exchanged (`swizzle`) so that a warp's reads touch every bank of shared memory
 // once. Shared memory: barriers, then the rings.
 #include "mma/narrow.cuh"
+#include "mma/own_rows.cuh"
 #include "mma/wide.cuh"
 
 namespace moe {
 
 template <int kN>
 __device__ __forceinline__ void gemm(const GemmParams& p) {
-    if constexpr (Shape<kN>::kWide) {
+    if constexpr (Shape<kN>::kOwnRows) {
+        own_rows<kN>(p);
+    } else if constexpr (Shape<kN>::kWide) {
         wide<kN>(p);
     } else {
         narrow<kN>(p);

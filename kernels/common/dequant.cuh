@@ -90,8 +90,9 @@ struct Dequant {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 // Padding has no scale.
-                if (now[i] == 0.f) now[i] = unit[i];
-                move[i] = unit[i] * reciprocal(now[i]);
+                const bool none = now[i] == 0.f;
+                if (none) now[i] = unit[i];
+                move[i] = none ? 1.f : unit[i] * reciprocal(now[i]);
                 unit[i] = now[i];
             }
         } else if constexpr (kScale == Scale::kE8m0) {
@@ -111,7 +112,11 @@ struct Dequant {
     // For each 16 columns `step` of a stage (e4m3 scales): the row's scale times 2^112 (bf16) or 2^7 (f16).
     __device__ __forceinline__ void enter_narrow(uint32_t at, int step) {
         if constexpr (kNarrow) {
-            const uint32_t low = read_shared<uint32_t>(at + 4 * (step / 4)), high = read_shared<uint32_t>(at + 8 + 4 * (step / 4));
+            factor_of(read_shared<uint32_t>(at + 4 * (step / 4)), read_shared<uint32_t>(at + 8 + 4 * (step / 4)), step);
+        }
+    }
+    __device__ __forceinline__ void factor_of(uint32_t low, uint32_t high, int step) {
+        if constexpr (kNarrow) {
             // Byte `step % 4` of either row, one to a half; the masks drop what stands beside them.
             const uint32_t pair = __byte_perm(low, high, step % 4 | (4 + step % 4) << 8);
             uint32_t both;
@@ -123,6 +128,21 @@ struct Dequant {
                 both = C::mul(both, 0x78007800u);
             }
             factor[0] = __byte_perm(both, 0, 0x1010), factor[1] = __byte_perm(both, 0, 0x3232);
+        }
+    }
+
+    // Scales that operands are multiplied by, of a stage's block `nth`: two words of a lane group's.
+    static __device__ __forceinline__ uint2 operand_scales_of(uint32_t at, int nth) {
+        if constexpr (kNarrow) return make_uint2(read_shared<uint32_t>(at + 4 * nth), read_shared<uint32_t>(at + 8 + 4 * nth));
+        return read_shared<uint2>(at);
+    }
+    // Enters those of the block's 16 columns `step`; steps come in order.
+    __device__ __forceinline__ void enter_operand(uint2 scales, int nth, int step) {
+        if constexpr (kNarrow) {
+            factor_of(scales.x, scales.y, step);
+        } else if constexpr (kScale == Scale::kE8m0) {
+            float none[2];
+            if (step % 2 == 0) enter(scales, 2 * nth + step / 2, {}, none);
         }
     }
 

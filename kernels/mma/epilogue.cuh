@@ -1,6 +1,6 @@
 // From a block's sums to results: bias, routing weight, activation, rounding.
 #pragma once
-#include "task.cuh"
+#include "operand.cuh"
 
 namespace moe {
 
@@ -36,7 +36,7 @@ struct Epilogue {
             const long long at = ((long long)task.expert * p.weights.slabs + first_slab + slab) * 16 + g;
 #pragma unroll
             for (int high = 0; high < 2; high++) {
-                const float factor = p.weights.factors[at + 8 * high] * D::kPost * dequant[s].unit[high];
+                const float factor = p.weights.factors[at + 8 * high] * sum_scale<Q>() * dequant[s].unit[high];
                 const float bias = p.weights.bias != nullptr ? p.weights.bias[at + 8 * high] : 0.f;
 #pragma unroll
                 for (int n = 0; n < S::kTiles; n++) {

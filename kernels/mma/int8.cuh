@@ -12,7 +12,7 @@ namespace moe {
 struct CodesW8A8 {
     static constexpr int kWords = 4;
     static constexpr float kOffset = 0.f;
-    static constexpr bool kLift = false;
+    static constexpr bool kLift = false, kHalves = false;
     static __device__ __forceinline__ void step(const uint4 (&w)[kWords], int s, uint32_t (&a)[4]) {
         a[0] = __byte_perm(w[s].x, w[s].y, 0x6420), a[1] = __byte_perm(w[s].x, w[s].y, 0x7531);
         a[2] = __byte_perm(w[s].z, w[s].w, 0x6420), a[3] = __byte_perm(w[s].z, w[s].w, 0x7531);

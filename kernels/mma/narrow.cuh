@@ -87,7 +87,7 @@ struct Narrow {
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         uint32_t a[4];
-                        Q::step(w, 2 * half + h, a);
+                        operand_of<Q>(w, 2 * half + h, a);
                         d.enter_narrow(slab + scales, 4 * block + 2 * half + h);
                         d.finish(a);
 #pragma unroll

@@ -43,6 +43,12 @@ static_assert(kRowBytes == 2 * kBlock, "a plane holds a block's columns, or two 
 // Before the rings: their barriers, "full" and "free" of every place of two rings.
 constexpr int kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;
 
+// The most that a slab's scales of a stage are.
+constexpr int kScaleBytes = Format::kScale == Scale::kNone   ? 0
+                            : Format::kScale == Scale::kE8m0 ? 64
+                            : Format::kScale == Scale::kE4m3 ? 128
+                                                             : 256;
+
 enum Kind : int {
     kFirst,     // gate, up and activation
     kSecond,    // down, to the assignment's own place
@@ -61,8 +67,8 @@ struct GemmParams {
     long long plane;        // bytes of a plane of x and of kFirst's out
     int out_columns;        // kFirst: a multiple of 64, what lies beyond the matrix becomes zeros
     int row_tiles;          // blocks that share the matrix's slabs
-    short depth;            // places of the ring: stages; with wide tiles, blocks of tokens
-    short weights_depth;    // with wide tiles: stages of weights
+    short depth;            // places of the ring: stages; with tiles of 128, blocks of tokens
+    short weights_depth;    // with tiles of 128: stages of weights
     int kind;
     ScaleLayout scales;
     Activation activation;
@@ -74,8 +80,8 @@ static_assert(sizeof(GemmParams) == 152, "");
 template <int kN>
 struct Shape {
     // Every unpacked weight serves all of a warp's columns, every token all of its rows: many tokens are worth more of
-    // both, as far as registers go. Where nothing is unpacked, or sums change their units, more warps are worth more.
-    static constexpr bool kWide = kN > 64 || (kN == 64 && Q::kWords < 4 && Format::kScale != Scale::kHalf);
+    // both, as far as registers go. Where nothing is unpacked, more warps are worth more.
+    static constexpr bool kOwnRows = kN == 64 && Q::kWords < 4, kWide = kN > 64 || kOwnRows;
     // Blocks on a multiprocessor.
     static constexpr int kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;
 #if __CUDA_ARCH__ >= 1200

@@ -1,4 +1,4 @@
-// Tiles of many tokens, which wait for the tensor cores. A warp takes 64 rows by up to 64 columns: an unpacked weight is
+// Tiles of 128 tokens, which wait for the tensor cores. A warp takes 64 rows by up to 64 columns: an unpacked weight is
 // used up to eight times.
 //
 // Two warps share a scheduler, and a product keeps its warp for six cycles: nothing else may stand in its way. The loop is
@@ -159,7 +159,7 @@ struct Wide {
             const int quarter = 2 * from.block + half;
             enter(dequant[s], D::scales_of(scales, quarter, p.scales), quarter, p.scales, acc[s]);
         }
-        Q::step(w, 2 * half + h, a);
+        operand_of<Q>(w, 2 * half + h, a);
         dequant[s].enter_narrow(scales, 4 * from.block + 2 * half + h);
         dequant[s].finish(a);
     }

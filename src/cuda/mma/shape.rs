@@ -6,6 +6,8 @@ use crate::cuda::permute::ROW_BYTES;
 /// Places of a ring at most, and where the first begins; kernels/mma/task.cuh has the same.
 const MAX_DEPTH: usize = 8;
 const RING_AT: usize = 32 * MAX_DEPTH;
+/// What a thread keeps in shared memory where warps have rows of their own; kernels/mma/own_rows.cuh has the same.
+const KEPT: usize = 16 + 4 * 8;
 /// Warps of a block.
 pub(super) const WARPS: usize = 4;
 /// What a block's shared memory costs beside what it asks for; also what a multiprocessor has beyond a block's most.
@@ -18,8 +20,9 @@ pub(super) struct Operands {
     block_bytes: usize,
     /// Blocks of a stage.
     blocks: usize,
-    /// Bytes of a stage's scales.
+    /// Bytes of a stage's scales, and the most that formats with such scales have.
     scale_bytes: usize,
+    most_scale_bytes: usize,
     /// Whether warps take 64 rows for 64 tokens.
     wide: bool,
 }
@@ -32,13 +35,19 @@ impl Operands {
             block_bytes: format.block_bytes(),
             blocks: if unpacked { 2 } else { 1 },
             scale_bytes: format.scale_bytes(),
-            wide: unpacked && !matches!(format.scales, StageScales::Half(..)),
+            most_scale_bytes: match format.scales {
+                StageScales::None => 0,
+                StageScales::E8m0 => 64,
+                StageScales::E4m3 => 128,
+                StageScales::F32(_) | StageScales::Half(..) => 256,
+            },
+            wide: unpacked,
         }
     }
 
     /// int8 codes that are multiplied as they are: a block has the columns of two.
     pub fn whole(format: Format) -> Self {
-        Self { block_bytes: 2 * format.block_bytes(), blocks: 1, scale_bytes: 0, wide: false }
+        Self { block_bytes: 2 * format.block_bytes(), blocks: 1, scale_bytes: 0, most_scale_bytes: 0, wide: false }
     }
 }
 
@@ -98,19 +107,19 @@ impl Tile {
     }
 
     /// The tile for so many assignments to so many experts: the smallest that most experts' tokens fit, so that their
-    /// weights are read and unpacked once. The largest pays only where smaller ones have warps of few rows and most of its
-    /// columns hold tokens (benches/RESULTS.md has the times).
+    /// weights are read and unpacked once. The largest pays only where nothing is unpacked and most of its columns hold
+    /// tokens (benches/RESULTS.md has the times).
     pub(super) fn of(operands: Operands, assignments: usize, experts: usize) -> Self {
         let mean = assignments as f64 / experts as f64;
         // One standard deviation more than the mean.
         let most = mean + mean.sqrt();
-        let full = if operands.blocks == 1 { 256.0 } else { 512.0 };
-        let largest = if !operands.wide && mean >= full { Tile::T128 } else { Tile::T64 };
+        let largest = if !operands.wide && mean >= 256.0 { Tile::T128 } else { Tile::T64 };
         Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).map_or(largest, |t| t.min(largest))
     }
 }
 
-/// A block's shared memory: a ring of stages, or, for many tokens, rings of token blocks and of weight stages.
+/// A block's shared memory: a ring of stages; where warps have rows of their own, two stages of tokens and scales and one of
+/// weights; with tiles of 128, rings of token blocks and of weight stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ring {
     pub depth: usize,
@@ -126,6 +135,12 @@ impl Ring {
         let tokens = tile.tokens() * ROW_BYTES;
         let weights = tile.slabs(operands) * (blocks * operands.block_bytes + operands.scale_bytes);
         let results = 4 * tile.pitch(operands) * tile.tokens();
+        if matches!(tile, Tile::T64) && tile.wide(operands) {
+            let weights = tile.slabs(operands) * (blocks * operands.block_bytes + 2 * operands.most_scale_bytes);
+            let used = 2 * blocks * tokens + weights + 32 * WARPS * KEPT;
+            let all = RING_AT + used.max(results);
+            return (all <= shared).then_some(Ring { depth: 2, weights_depth: 1, shared: all });
+        }
         let fit = |least: usize| {
             (1..=tile.resident(operands)).rev().find_map(|resident| {
                 let each = ((shared + RESERVED) / resident).saturating_sub(RESERVED).min(shared);
@@ -172,7 +187,7 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = concat!(include_str!("../../../kernels/mma.cu"), include_str!("../../../kernels/mma/task.cuh"));
         for text in [
-            "kWide = kN > 64 || (kN == 64 && Q::kWords < 4 && Format::kScale != Scale::kHalf);",
+            "kOwnRows = kN == 64 && Q::kWords < 4, kWide = kN > 64 || kOwnRows;",
             "kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;",
             "kWarps = 4, kThreads = 32 * kWarps;",
             "kWarpColumns = kN == 128 ? 2 : 1;",
@@ -181,6 +196,10 @@ mod tests {
             "kPitch = 16 * kSlabs + 4;",
             "kMaxDepth = 8, kBarriers = 8 * kMaxDepth, kRingAt = 4 * kBarriers;",
             "kBlocks = Q::kWords == 4 ? 1 : 2;",
+            "kScale == Scale::kNone   ? 0",
+            "kScale == Scale::kE8m0 ? 64",
+            "kScale == Scale::kE4m3 ? 128",
+            ": 256;",
         ] {
             assert!(source.contains(text), "{text}");
         }
@@ -224,7 +243,7 @@ mod tests {
             (int4, 256, 128, 8, Tile::T32),
             (int4, 1024, 128, 8, Tile::T64),
             (int4, 4096, 128, 8, Tile::T64),
-            (int4, 4096, 8, 2, Tile::T128),
+            (int4, 4096, 8, 2, Tile::T64),
             (fp8, 4096, 8, 2, Tile::T64),
             (half, 1024, 128, 8, Tile::T64),
             (half, 4096, 128, 8, Tile::T128),
