@@ -193,6 +193,7 @@ impl<const VNNI: bool, const VBMI: bool> Isa for Avx512<VNNI, VBMI> {
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn each<const AT: usize>(p: *const f32) -> __m512i {
     let v;
+    // SAFETY: it reads the four bytes of that element, which the caller promises, and does nothing else.
     std::arch::asm!(
         "vpbroadcastd {v}, dword ptr [{p} + {at}]",
         v = lateout(zmm_reg) v,
