@@ -80,8 +80,10 @@ static_assert(sizeof(GemmParams) == 152, "");
 template <int kN>
 struct Shape {
     // Every unpacked weight serves all of a warp's columns, every token all of its rows: many tokens are worth more of
-    // both, as far as registers go. Where nothing is unpacked, more warps are worth more.
-    static constexpr bool kOwnRows = kN == 64 && Q::kWords < 4, kWide = kN > 64 || kOwnRows;
+    // both, as far as registers go (int8 codes with zero points need too many on sm_120). Where nothing is unpacked, more
+    // warps are worth more.
+    static constexpr bool kOwnRows = kN == 64 && Q::kWords < (Format::kScale == Scale::kHalf ? 2 : 4);
+    static constexpr bool kWide = kN > 64 || kOwnRows;
     // Blocks on a multiprocessor.
     static constexpr int kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;
 #if __CUDA_ARCH__ >= 1200

@@ -41,7 +41,7 @@ impl Operands {
                 StageScales::E4m3 => 128,
                 StageScales::F32(_) | StageScales::Half(..) => 256,
             },
-            wide: unpacked,
+            wide: unpacked && !matches!((format.codes, format.scales), (Codes::Int8, StageScales::Half(..))),
         }
     }
 
@@ -113,7 +113,8 @@ impl Tile {
         let mean = assignments as f64 / experts as f64;
         // One standard deviation more than the mean.
         let most = mean + mean.sqrt();
-        let largest = if !operands.wide && mean >= 256.0 { Tile::T128 } else { Tile::T64 };
+        let full = if operands.blocks == 1 { 256.0 } else { 512.0 };
+        let largest = if !operands.wide && mean >= full { Tile::T128 } else { Tile::T64 };
         Tile::ALL.into_iter().find(|t| most <= t.tokens() as f64).map_or(largest, |t| t.min(largest))
     }
 }
@@ -187,7 +188,8 @@ mod tests {
     fn the_kernels_have_the_same_numbers() {
         let source = concat!(include_str!("../../../kernels/mma.cu"), include_str!("../../../kernels/mma/task.cuh"));
         for text in [
-            "kOwnRows = kN == 64 && Q::kWords < 4, kWide = kN > 64 || kOwnRows;",
+            "kOwnRows = kN == 64 && Q::kWords < (Format::kScale == Scale::kHalf ? 2 : 4);",
+            "kWide = kN > 64 || kOwnRows;",
             "kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;",
             "kWarps = 4, kThreads = 32 * kWarps;",
             "kWarpColumns = kN == 128 ? 2 : 1;",
