@@ -16,7 +16,9 @@ namespace moe {
 
 template <int kN>
 __device__ __forceinline__ void gemm(const GemmParams& p) {
-    if constexpr (Shape<kN>::kOwnRows) {
+    if constexpr (kN == 128 && Shape<64>::kOwnRows) {
+        // No faster than tiles of 64, so that nobody asks for it (src/cuda/mma/shape.rs); its code takes long to compile.
+    } else if constexpr (Shape<kN>::kOwnRows) {
         own_rows<kN>(p);
     } else if constexpr (Shape<kN>::kWide) {
         wide<kN>(p);
