@@ -38,11 +38,6 @@ __device__ __forceinline__ uint4 exchanged(const uint32_t (&w)[4], int lane) {
     return upper ? make_uint4(c, d, n[2], n[3]) : make_uint4(n[0], n[1], c, d);
 }
 
-// Without an inverse where there are no codes.
-__device__ __forceinline__ Divisor coded(const Divisor& by, const Scale& scale) {
-    return {by.power, by.scale, has_codes(scale) ? by.inverse : 0.f};
-}
-
 // The row's places: lane i has the ith.
 struct Places {
     int mine, count;
@@ -128,7 +123,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
     // Of the lane's columns of each step: what divides them, which has no inverse where they have no codes.
     const auto divisors_of = [&](int time, const Raw<T> (&raw)[kSteps], Divisor (&of)[kSteps]) {
         if constexpr (K::kGroup == 0) {
-            of[0] = of[1] = coded(divisor_of(scale), scale);
+            of[0] = of[1] = coding_divisor(scale);
         } else {
             // Sixteen lanes share a scale: eight of them find that of the first step's columns, eight that of the second's.
             static_assert(K::kGroup == 16 * CHUNK && kSteps == 2, "");
@@ -145,7 +140,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
             places.for_each([&](int row) {
                 if (lane % 8 == 0 && column < p.columns) scales[row] = mine.value;
             });
-            const Divisor own = coded(divisor_of(mine), mine);
+            const Divisor own = coding_divisor(mine);
             const auto other = [&](float x) { return __shfl_xor_sync(~0u, x, 8); };
             const Divisor theirs = {other(own.power), other(own.scale), other(own.inverse)};
             of[0] = second ? theirs : own, of[1] = second ? own : theirs;
@@ -176,7 +171,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
                 const int row = __shfl_sync(~0u, places.mine, i);
                 if (row < 0) continue;
                 const Scale stored = stored_scale(__ldcg(p.scales + row));
-                const Divisor by = coded(divisor_of(stored), stored), both[kSteps] = {by, by};
+                const Divisor by = coding_divisor(stored), both[kSteps] = {by, by};
                 store(row, codes_of(time, raw, both));
             }
         } else {

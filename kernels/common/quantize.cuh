@@ -181,6 +181,12 @@ __device__ __forceinline__ Divisor divisor_of(const Scale& scale) {
     return {power, reduced, copysignf(inverse(fabsf(reduced)), reduced)};
 }
 
+// The same, with an inverse of 0 where there are no codes.
+__device__ __forceinline__ Divisor coding_divisor(const Scale& scale) {
+    const Divisor by = divisor_of(scale);
+    return {by.power, by.scale, has_codes(scale) ? by.inverse : 0.f};
+}
+
 // The quotients of a group's values and its scale, with the bits of a division wherever they could decide on a code. kHalf:
 // the values are 16-bit numbers and the scale is made of the largest of them.
 template <class K, bool kHalf, int kCount>

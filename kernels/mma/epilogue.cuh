@@ -142,4 +142,18 @@ struct Epilogue {
     }
 };
 
+// A task that waits in shared memory while sums take all registers.
+__device__ __forceinline__ void keep_task(uint32_t at, const Task& task) {
+    if (threadIdx.x == 0) store_16(at, make_uint4(task.expert, task.start, task.count, task.row_tile));
+}
+// By all threads, when the sums are done: the results of the task that was kept there.
+template <int kN, class Gemm>
+__device__ __forceinline__ void write_kept(const GemmParams& p, uint32_t at, Gemm& gemm) {
+    __syncthreads();
+    const uint4 kept = read_shared<uint4>(at);
+    const Task same{static_cast<int>(kept.x), static_cast<int>(kept.y), static_cast<int>(kept.z), static_cast<int>(kept.w)};
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    Epilogue<kN>{p, same, warp, lane, same.row_tile * Shape<kN>::kSlabs}.write(gemm.dequant, gemm.acc);
+}
+
 }  // namespace moe

@@ -291,7 +291,7 @@ __device__ __forceinline__ void own_rows(const GemmParams& p) {
     const Task task = task_of(p);
     if (task.expert < 0) return;
     // Before the ring until the sums are done: registers are scarce.
-    if (threadIdx.x == 0) store_16(memory, make_uint4(task.expert, task.start, task.count, task.row_tile));
+    keep_task(memory, task);
     __syncthreads();
     OwnRows<kN> gemm(p, task, memory, uniform(threadIdx.x >> 5));
     // Pairs of eight columns that hold tokens.
@@ -306,11 +306,7 @@ __device__ __forceinline__ void own_rows(const GemmParams& p) {
             default: gemm.template multiply<8>();
         }
     }
-    __syncthreads();
-    const uint4 kept = read_shared<uint4>(memory);
-    const Task same{static_cast<int>(kept.x), static_cast<int>(kept.y), static_cast<int>(kept.z), static_cast<int>(kept.w)};
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Epilogue<kN>{p, same, warp, lane, same.row_tile * Shape<kN>::kSlabs}.write(gemm.dequant, gemm.acc);
+    write_kept<kN>(p, memory, gemm);
 }
 
 }  // namespace moe

@@ -245,7 +245,7 @@ __device__ __forceinline__ void wide(const GemmParams& p) {
     if (task.expert < 0) return;
     // Behind the barriers until the sums are done: registers are scarce.
     const uint32_t keep = memory + 2 * kBarriers;
-    if (threadIdx.x == 0) store_16(keep, make_uint4(task.expert, task.start, task.count, task.row_tile));
+    keep_task(keep, task);
     Wide<kN> gemm(p, task, memory, uniform(threadIdx.x >> 5));
     typename Wide<kN>::Cursor copies = gemm.begin_copies();
     gemm.fill(copies);
@@ -256,11 +256,7 @@ __device__ __forceinline__ void wide(const GemmParams& p) {
         case 3: gemm.template multiply<6>(copies); break;
         default: gemm.template multiply<8>(copies);
     }
-    __syncthreads();
-    const uint4 kept = read_shared<uint4>(keep);
-    const Task same{static_cast<int>(kept.x), static_cast<int>(kept.y), static_cast<int>(kept.z), static_cast<int>(kept.w)};
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    Epilogue<kN>{p, same, warp, lane, same.row_tile * Shape<kN>::kSlabs}.write(gemm.dequant, gemm.acc);
+    write_kept<kN>(p, keep, gemm);
 }
 
 }  // namespace moe

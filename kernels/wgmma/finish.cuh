@@ -251,7 +251,7 @@ struct Finish {
         if (p.kind == kSecond) {
             write_pieces<false>(acc, task, rows, facts);
         } else if (p.activation.kind == kSilu) {
-            if (kStored && p.stored != nullptr) return write_pieces<true, kStored>(acc, task, rows, facts);
+            if (kStoredScales && p.stored != nullptr) return write_pieces<true, kStoredScales>(acc, task, rows, facts);
             write_pieces<true>(acc, task, rows, facts);
         } else {
             write_raw(acc, task, rows, facts);

@@ -16,7 +16,7 @@ constexpr bool kHalf = MOE_KIND == 16, kInt8 = MOE_KIND == 1, kBlockScales = MOE
 // not to.
 constexpr bool kPromoted = MOE_KIND == 8 || kBlockScales;
 // Results may be quantised by stored scales.
-constexpr bool kStored = !kHalf && !kBlockScales;
+constexpr bool kStoredScales = !kHalf && !kBlockScales;
 
 // A stage is 128 bytes of a token's row: one block (64 columns) of 16 bits, two of 8.
 constexpr int kRowBytes = 128, kBlocks = kHalf ? 1 : 2, kCodeBytes = kHalf ? 2048 : 1024;

@@ -19,11 +19,10 @@ __device__ __forceinline__ Fact read_fact(uint32_t at) {
     return {__uint_as_float(v.x), v.y};
 }
 
-// What divides results, without an inverse where they have no codes.
+// What divides results.
 __device__ __forceinline__ void write_divisor(uint32_t at, const Scale& scale) {
-    const Divisor by = divisor_of(scale);
-    const float inverse = has_codes(scale) ? by.inverse : 0.f;
-    store_16(at, make_uint4(__float_as_uint(by.power), __float_as_uint(by.scale), __float_as_uint(inverse), 0));
+    const Divisor by = coding_divisor(scale);
+    store_16(at, make_uint4(__float_as_uint(by.power), __float_as_uint(by.scale), __float_as_uint(by.inverse), 0));
 }
 __device__ __forceinline__ Divisor read_divisor(uint32_t at) {
     const uint4 v = read_shared<uint4>(at);
@@ -178,7 +177,7 @@ __device__ __forceinline__ void find_facts(const GemmParams& p, const Layout<kN>
         const uint32_t to = memory.facts(at);
         RowFacts rows;
         ColumnFacts<kAtOnce / 32> columns;
-        const bool codes = kStored && p.stored != nullptr;
+        const bool codes = kStoredScales && p.stored != nullptr;
         const float scale = codes ? __ldcg(p.stored + task.expert * p.stored_step) : 0.f;
         rows.load(p.weights, task, lane);
         columns.load(p, task, 0, lane);

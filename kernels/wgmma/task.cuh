@@ -60,7 +60,7 @@ struct Layout {
     static constexpr int kScales = kBlockScales ? kSpan * 4 * kN : 0;
     static constexpr int kStaged = 2 * kPiece * 128;  // of a warpgroup
     // The last one divides results by a stored scale.
-    static constexpr int kFactBytes = 8 * (kN + kRows) + (kStored ? 16 : 0);
+    static constexpr int kFactBytes = 8 * (kN + kRows) + (kStoredScales ? 16 : 0);
     // Where the result is quantised: largest magnitudes, as 16 bits, of every warpgroup of the cluster.
     static constexpr bool kRequantises = kBlockScales && kN <= 64;
     static constexpr int kLargest = kRequantises ? 2 * kN * kMathGroups * kCluster : 0;

@@ -229,7 +229,7 @@ mod tests {
             "kTasks = 4, kFacts = 2;",
             "kTaskBytes = 16;",
             "kStaged = 2 * kPiece * 128;",
-            "kFactBytes = 8 * (kN + kRows) + (kStored ? 16 : 0);",
+            "kFactBytes = 8 * (kN + kRows) + (kStoredScales ? 16 : 0);",
             "kRequantises = kBlockScales && kN <= 64;",
             "kLargest = kRequantises ? 2 * kN * kMathGroups * kCluster : 0;",
             "kSpan = kN <= 64 ? 2 : 1;",
@@ -238,7 +238,7 @@ mod tests {
         }
         let kind = include_str!("../../../kernels/wgmma/kind.cuh");
         assert!(kind.contains("kRowBytes = 128,") && kind.contains("kScaleBytes = kBlockScales ? 64 : 0"));
-        assert!(kind.contains("kStored = !kHalf && !kBlockScales;"));
+        assert!(kind.contains("kStoredScales = !kHalf && !kBlockScales;"));
         let entries = include_str!("../../../kernels/wgmma.cu");
         for tile in TILES {
             assert!(entries.contains(&format!("MOE_ENTRY({tile})")), "{tile}");
