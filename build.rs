@@ -65,6 +65,6 @@ fn kernels(table: &Table, out: &std::path::Path) -> Result<String, String> {
             return Ok(generate::not_built(&why));
         }
     };
-    let fatbins = compile::all(&toolkit, &archs, &table.kernels()?, &out.join(generate::FOLDER))?;
+    let fatbins = compile::all(&toolkit, &archs, &table.specialisations(), &out.join(generate::FOLDER))?;
     Ok(generate::built(&toolkit, &fatbins))
 }

@@ -34,15 +34,17 @@ impl Arch {
     }
 
     /// The level of the PTX that its code is made of.
-    fn source(&self, code: Code) -> String {
+    fn source(&self, levels: Levels) -> String {
         let Self { number, suffix, ptx } = self;
+        let Levels::Shared(own) = levels else { return format!("{number}{suffix}") };
         match number {
-            _ if *ptx || *suffix == "f" || code == Code::OfChip => format!("{number}{suffix}"),
-            0..89 => "80".into(),
-            89 => if code == Code::Ada { "89" } else { "80" }.into(),
-            90..120 => "90".into(),
-            120.. => "120".into(),
+            _ if *ptx || *suffix == "f" => return format!("{number}{suffix}"),
+            120.. if own.contains(&120) => "120",
+            90.. => "90",
+            89 if own.contains(&89) => "89",
+            _ => "80",
         }
+        .into()
     }
 
     /// Whether chips of 8.9 are all that it is for.
@@ -51,30 +53,29 @@ impl Arch {
     }
 }
 
-/// What a kernel's code depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    /// What chips have from 8.0, from 9.0 and from 12.0 on.
-    Common,
-    /// Besides, the conversions of e4m3 that 8.9 brought.
-    Ada,
-    /// Instructions of one chip.
+/// The levels at which a kernel's code differs.
+#[derive(Clone, Copy, Debug)]
+pub enum Levels<'a> {
+    /// 80, 90 and those of the list, 89 and 120: chips between two of them run what is made for the lower one.
+    Shared(&'a [u16]),
+    /// It has instructions of one chip.
     OfChip,
 }
 
-/// Those of the list whose code is not another one's anyway: 8.9 runs that of 8.0.
-pub fn distinct<'a>(archs: &[&'a Arch], code: Code) -> Vec<&'a Arch> {
+/// Those of the list whose code is not another one's anyway: 8.9 runs that of 8.0, but where it has its own.
+pub fn distinct<'a>(archs: &[&'a Arch], levels: Levels) -> Vec<&'a Arch> {
     let older = archs.iter().any(|a| (80..89).contains(&a.number));
-    archs.iter().filter(|a| !(older && a.is_ada() && code == Code::Common)).copied().collect()
+    let shared = matches!(levels, Levels::Shared(own) if !own.contains(&89));
+    archs.iter().filter(|a| !(older && shared && a.is_ada())).copied().collect()
 }
 
 /// nvcc's options. Chips share the PTX of the oldest one whose instructions all of them have: making it takes more time
 /// than assembling it.
-pub fn flags(archs: &[&Arch], code: Code) -> Vec<String> {
+pub fn flags(archs: &[&Arch], levels: Levels) -> Vec<String> {
     let mut sources: Vec<(String, Vec<String>)> = Vec::new();
     for arch in archs {
         let Arch { number, suffix, ptx } = arch;
-        let source = arch.source(code);
+        let source = arch.source(levels);
         let mut images = vec![format!("sm_{number}{suffix}")];
         images.extend(ptx.then(|| format!("compute_{number}")));
         match sources.iter_mut().find(|(s, _)| *s == source) {

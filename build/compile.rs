@@ -1,9 +1,9 @@
 //! One fatbin per kernel of the table, in parallel, each only when something that it depends on changed.
 
-use crate::arch::{self, Arch, Code};
+use crate::arch::{self, Arch, Levels};
 use crate::sources;
 use crate::toolkit::Toolkit;
-use moe_oracle_table::Kernel;
+use moe_oracle_table::Specialisation;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,18 +31,18 @@ pub struct Fatbin {
 }
 
 struct Job<'a> {
-    kernel: &'a Kernel,
+    kernel: &'a Specialisation,
     arguments: Vec<String>,
     archs: Vec<String>,
     file: String,
 }
 
 /// Compiles the kernels into `out`; an error holds nvcc's own words.
-pub fn all(toolkit: &Toolkit, archs: &[Arch], kernels: &[&Kernel], out: &Path) -> Result<Vec<Fatbin>, String> {
+pub fn all(toolkit: &Toolkit, archs: &[Arch], kernels: &[Specialisation], out: &Path) -> Result<Vec<Fatbin>, String> {
     fs::create_dir_all(out).map_err(|e| format!("{} can't be made: {e}", out.display()))?;
     let jobs = kernels.iter().filter_map(|k| {
         let archs: Vec<&Arch> = archs.iter().filter(|a| k.archs.is_empty() || k.archs.contains(&a.name())).collect();
-        (!archs.is_empty()).then(|| job(toolkit, arch::distinct(&archs, code_of(k)), k))
+        (!archs.is_empty()).then(|| job(toolkit, arch::distinct(&archs, levels_of(k)), k))
     });
     let jobs = jobs.collect::<Result<Vec<_>, _>>()?;
     remove_stale(out, &jobs);
@@ -74,17 +74,13 @@ fn workers() -> usize {
     jobs.clamp(1, cpus)
 }
 
-fn code_of(kernel: &Kernel) -> Code {
-    match (kernel.archs.is_empty(), kernel.ada) {
-        (false, _) => Code::OfChip,
-        (true, true) => Code::Ada,
-        (true, false) => Code::Common,
-    }
+fn levels_of(kernel: &Specialisation) -> Levels<'_> {
+    if kernel.archs.is_empty() { Levels::Shared(&kernel.own_ptx) } else { Levels::OfChip }
 }
 
-fn job<'a>(toolkit: &Toolkit, archs: Vec<&Arch>, kernel: &'a Kernel) -> Result<Job<'a>, String> {
+fn job<'a>(toolkit: &Toolkit, archs: Vec<&Arch>, kernel: &'a Specialisation) -> Result<Job<'a>, String> {
     let mut arguments: Vec<String> = FLAGS.map(String::from).into();
-    arguments.extend(arch::flags(&archs, code_of(kernel)));
+    arguments.extend(arch::flags(&archs, levels_of(kernel)));
     arguments.push(format!("-I{KERNELS}"));
     arguments.extend(toolkit.includes().iter().map(|p| format!("-I{}", p.display())));
     arguments.extend(kernel.define.iter().map(|d| format!("-D{d}")));
@@ -117,7 +113,7 @@ fn compile(toolkit: &Toolkit, job: &Job, out: &Path) -> Result<Fatbin, String> {
     let run = run.map_err(|e| format!("{} can't be run: {e}", toolkit.nvcc.display()))?;
     let report = String::from_utf8_lossy(&run.stdout) + String::from_utf8_lossy(&run.stderr);
     if !run.status.success() {
-        let Kernel { name, file, .. } = job.kernel;
+        let Specialisation { name, file, .. } = job.kernel;
         return Err(format!("kernel `{name}` ({KERNELS}/{file}) does not compile ({}):\n{report}", run.status));
     }
     fs::write(&report_file, &*report).map_err(|e| format!("{} can't be written: {e}", report_file.display()))?;

@@ -31,7 +31,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
 
 // grid (row_tiles * tiles)
 #define MOE_ENTRY(n)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(moe::Shape<n>::kThreads, moe::Shape<n>::kBound)            \
+    extern "C" __global__ void __launch_bounds__(moe::Shape<n>::kThreads, moe::Shape<n>::kResident)         \
         moe_mma_##n(const __grid_constant__ moe::GemmParams p) {                                            \
         moe::gemm<n>(p);                                                                                    \
     }

@@ -8,29 +8,32 @@ mod ptxas;
 #[path = "../build/sources.rs"]
 mod sources;
 
-use arch::Code;
+use arch::Levels;
 use std::path::Path;
 
 #[test]
 fn architectures_become_options_of_nvcc() {
     let archs = arch::parse_list("80, 90a;100f 90a,89+ptx").unwrap();
     assert_eq!(archs.iter().map(arch::Arch::name).collect::<Vec<_>>(), ["80", "90a", "100f", "89+ptx"]);
-    let flags = |list: &str, code| {
+    let flags = |list: &str, levels| {
         let archs = arch::parse_list(list).unwrap();
-        arch::flags(&arch::distinct(&archs.iter().collect::<Vec<_>>(), code), code).join(" ")
+        arch::flags(&arch::distinct(&archs.iter().collect::<Vec<_>>(), levels), levels).join(" ")
     };
     assert_eq!(
-        flags("80, 90a;100f 90a,89+ptx", Code::Common),
+        flags("80, 90a;100f 90a,89+ptx", Levels::Shared(&[])),
         "-gencode arch=compute_80,code=[sm_80] -gencode arch=compute_90,code=[sm_90a] \
          -gencode arch=compute_100f,code=[sm_100f] -gencode arch=compute_89,code=[sm_89,compute_89]"
     );
-    let shared = "-gencode arch=compute_90,code=[sm_90a,sm_100a] -gencode arch=compute_120,code=[sm_120a]";
     let old = "-gencode arch=compute_80,code=[sm_80]";
     let ada = "-gencode arch=compute_89,code=[sm_89]";
-    assert_eq!(flags(arch::DEFAULT, Code::Common), format!("{old} {shared}"));
-    assert_eq!(flags(arch::DEFAULT, Code::Ada), format!("{old} {ada} {shared}"));
-    assert_eq!(flags("89", Code::Common), "-gencode arch=compute_80,code=[sm_89]");
-    assert_eq!(flags("90a", Code::OfChip), "-gencode arch=compute_90a,code=[sm_90a]");
+    let shared = "-gencode arch=compute_90,code=[sm_90a,sm_100a,sm_120a]";
+    let apart = "-gencode arch=compute_90,code=[sm_90a,sm_100a] -gencode arch=compute_120,code=[sm_120a]";
+    assert_eq!(flags(arch::DEFAULT, Levels::Shared(&[])), format!("{old} {shared}"));
+    assert_eq!(flags(arch::DEFAULT, Levels::Shared(&[89])), format!("{old} {ada} {shared}"));
+    assert_eq!(flags(arch::DEFAULT, Levels::Shared(&[89, 120])), format!("{old} {ada} {apart}"));
+    assert_eq!(flags("89", Levels::Shared(&[])), "-gencode arch=compute_80,code=[sm_89]");
+    assert_eq!(flags("120a", Levels::Shared(&[])), "-gencode arch=compute_90,code=[sm_120a]");
+    assert_eq!(flags("90a", Levels::OfChip), "-gencode arch=compute_90a,code=[sm_90a]");
     assert!(arch::parse_list(arch::DEFAULT).is_ok());
     for bad in ["", " ,", "sm_90", "90b", "75", "90a+ptx", "a", "+90", "99999999", "8.0"] {
         let error = arch::parse_list(bad).unwrap_err();

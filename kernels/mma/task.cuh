@@ -86,13 +86,6 @@ struct Shape {
     static constexpr bool kWide = kN > 64 || kOwnRows;
     // Blocks on a multiprocessor.
     static constexpr int kResident = kN == 16 ? 6 : kN == 32 ? 4 : kWide ? 2 : 3;
-#if __CUDA_ARCH__ >= 1200
-    // Whose shared memory has room for fewer of 64 tokens, so that registers need not be as scarce; e4m3 that is converted
-    // takes more of them there with 16.
-    static constexpr int kBound = kN == 64 ? 2 : kN == 16 && Q::kHalves && !C::kBf16 ? 5 : kResident;
-#else
-    static constexpr int kBound = kResident;
-#endif
     static constexpr int kWarps = 4, kThreads = 32 * kWarps;
     static constexpr int kWarpColumns = kN == 128 ? 2 : 1;
     static constexpr int kWarpSlabs = kWide ? 4 : 2;  // of 16 rows

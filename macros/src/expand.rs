@@ -316,6 +316,7 @@ fn dyn_oracle(s: &Scheme, p: &Pair) -> TokenStream {
 #[cfg(test)]
 mod tests {
     const ONE_SCHEME: &str = r#"
+        kernel = [{ name = "mma_int8", file = "mma.cu" }]
         [[scheme]]
         name = "int8"
         oracle = "Int8"
@@ -336,7 +337,7 @@ mod tests {
         pairs = ["Int8ChannelWeightOnly"]
         activations = ["silu", "gelu"]
         formats = ["standard"]
-        kernels = [{ name = "mma_int8", file = "mma.cu" }]
+        kernels = ["mma_int8"]
         [[scheme.backend]]
         name = "cpu_reference"
         experts = "reference"

@@ -10,27 +10,15 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Table {
     /// The schemes, in the order of their enum.
     pub scheme: Vec<Scheme>,
-    /// CUDA specialisations that no scheme's row owns: routing, quantisers, sums.
+    /// CUDA kernels: those that backends name, and those that no row owns: routing, quantisers, sums.
     #[serde(default)]
-    pub shared_kernel: Vec<Kernel>,
+    pub kernel: Vec<Kernel>,
 }
 
 impl Table {
-    /// Every CUDA specialisation once, the shared ones first; the error names two that differ under one name.
-    pub fn kernels(&self) -> Result<Vec<&Kernel>, String> {
-        let mut seen: BTreeMap<&str, &Kernel> = BTreeMap::new();
-        let mut all = Vec::new();
-        let rows = self.scheme.iter().flat_map(|s| &s.backend).flat_map(|b| &b.kernels);
-        for kernel in self.shared_kernel.iter().chain(rows) {
-            match seen.insert(&kernel.name, kernel) {
-                None => all.push(kernel),
-                Some(before) if before == kernel => {}
-                Some(_) => {
-                    return Err(format!("kernel `{}` stands twice, with different files or defines", kernel.name));
-                }
-            }
-        }
-        Ok(all)
+    /// What build.rs compiles, one fatbin each.
+    pub fn specialisations(&self) -> Vec<Specialisation> {
+        self.kernel.iter().flat_map(Kernel::specialisations).collect()
     }
 }
 
@@ -99,26 +87,61 @@ impl Which {
     }
 }
 
-/// A CUDA specialisation: a file under kernels/ with its defines, compiled into one fatbin.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+/// A CUDA kernel: a file under kernels/ with its defines.
+#[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Kernel {
-    /// `decode_bf16`: the name by which the runtime loads it. Rows may share a kernel by naming it alike.
+    /// `decode_half`: rows name it so.
     pub name: String,
     /// File under kernels/.
     pub file: String,
     /// `NAME=VALUE`
     #[serde(default)]
     pub define: Vec<String>,
+    /// Whether it is compiled for bf16 and for f16, which its name then ends with.
+    #[serde(default)]
+    pub typed: bool,
     /// The only architectures that it is for, as MOE_ORACLE_CUDA_ARCHS writes them; none: all.
     #[serde(default)]
     pub archs: Vec<String>,
-    /// Whether it has other code for 8.9, whose chips convert e4m3 by an instruction, than for 8.0.
+    /// Levels whose code is not that of the level before: 89, 120.
     #[serde(default)]
-    pub ada: bool,
+    pub own_ptx: Vec<u16>,
+}
+
+/// What becomes one fatbin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Specialisation {
+    /// `decode_half_bf16`: the name by which the runtime loads it.
+    pub name: String,
+    /// File under kernels/.
+    pub file: String,
+    /// `NAME=VALUE`
+    pub define: Vec<String>,
+    /// As the kernel's.
+    pub archs: Vec<String>,
+    /// As the kernel's.
+    pub own_ptx: Vec<u16>,
 }
 
 impl Kernel {
+    fn specialisations(&self) -> Vec<Specialisation> {
+        let types: &[_] = if self.typed { &[("_bf16", "Bf16"), ("_f16", "F16")] } else { &[("", "")] };
+        let one = |(suffix, compute): &(&str, &str)| Specialisation {
+            name: format!("{}{suffix}", self.name),
+            file: self.file.clone(),
+            define: self
+                .typed
+                .then(|| format!("MOE_COMPUTE={compute}"))
+                .into_iter()
+                .chain(self.define.clone())
+                .collect(),
+            archs: self.archs.clone(),
+            own_ptx: self.own_ptx.clone(),
+        };
+        types.iter().map(one).collect()
+    }
+
     fn check(&self) -> Result<(), String> {
         let identifier = |s: &str| {
             s.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
@@ -135,10 +158,14 @@ impl Kernel {
                 self.name, self.file
             ));
         }
-        match self.define.iter().find(|d| !identifier(d.split_once('=').map_or(d.as_str(), |(name, _)| name))) {
-            Some(d) => Err(format!("kernel `{}`: define = \"{d}\", expected NAME=VALUE", self.name)),
-            None => Ok(()),
+        let name_of = |d: &str| d.split_once('=').map_or(d, |(name, _)| name).to_owned();
+        if let Some(d) = self.define.iter().find(|d| !identifier(&name_of(d))) {
+            return Err(format!("kernel `{}`: define = \"{d}\", expected NAME=VALUE", self.name));
         }
+        if let Some(level) = self.own_ptx.iter().find(|level| ![89, 120].contains(level)) {
+            return Err(format!("kernel `{}`: own_ptx = [{level}], expected 89 or 120", self.name));
+        }
+        Ok(())
     }
 }
 
@@ -172,8 +199,8 @@ pub struct Backend {
     /// Types of hidden states.
     #[serde(default = "half_types")]
     pub inputs: Which,
-    /// What build.rs compiles for it.
-    pub kernels: Vec<Kernel>,
+    /// The CUDA kernels that it runs.
+    pub kernels: Vec<String>,
 }
 
 fn any() -> u16 {
@@ -199,14 +226,14 @@ pub fn camel(name: &str) -> String {
 /// Parses and checks a table; the error is one sentence.
 pub fn parse(text: &str) -> Result<Table, String> {
     let table: Table = toml::from_str(text).map_err(|e| e.to_string())?;
+    table.kernel.iter().try_for_each(Kernel::check)?;
+    unique("kernel", table.specialisations().iter().map(|k| k.name.as_str()))?;
+    let kernels: Vec<&str> = table.kernel.iter().map(|k| k.name.as_str()).collect();
     for s in &table.scheme {
-        s.check().map_err(|e| format!("scheme `{}`: {e}", s.name))?;
+        s.check(&kernels).map_err(|e| format!("scheme `{}`: {e}", s.name))?;
     }
     let aliases: Vec<&str> = table.scheme.iter().flat_map(|s| s.pairs.iter().map(|p| p.alias.as_str())).collect();
     unique("alias", aliases.into_iter())?;
-    table.shared_kernel.iter().try_for_each(Kernel::check)?;
-    unique("shared kernel", table.shared_kernel.iter().map(|k| k.name.as_str()))?;
-    table.kernels()?;
     Ok(table)
 }
 
@@ -239,7 +266,8 @@ fn known(what: &str, which: &Which, every: &[&str]) -> Result<(), String> {
 }
 
 impl Scheme {
-    fn check(&self) -> Result<(), String> {
+    /// `kernels`: the names of all CUDA kernels.
+    fn check(&self, kernels: &[&str]) -> Result<(), String> {
         if self.backend.is_empty() || self.pairs.is_empty() {
             return Err("needs a backend and a key pair at least".into());
         }
@@ -265,7 +293,9 @@ impl Scheme {
                 all_or_some("activations", &b.activations)?;
                 all_or_some("formats", &b.formats)?;
                 all_or_some("inputs", &b.inputs)?;
-                b.kernels.iter().try_for_each(Kernel::check)?;
+                if let Some(name) = b.kernels.iter().find(|name| !kernels.contains(&name.as_str())) {
+                    return Err(format!("kernel `{name}` is not in the table"));
+                }
                 match (b.device.as_str(), b.experts.as_str()) {
                     ("cpu", "simd" | "simd_int8" | "reference") if b.min == 0 && b.kernels.is_empty() => {}
                     ("cuda", "decode" | "mma" | "wgmma" | "emulation")
@@ -318,10 +348,16 @@ mod tests {
         pairs = "all"
         activations = "all"
         formats = "all"
-        kernels = [{ name = "decode_bf16", file = "decode.cu", define = ["WEIGHT=bf16", "FAST"] }]
+        kernels = ["decode"]
+        [[kernel]]
+        name = "decode"
+        file = "decode.cu"
+        define = ["WEIGHT=half", "FAST"]
+        typed = true
+        own_ptx = [89]
     "#;
-    const SHARED: &str = r#"
-        [[shared_kernel]]
+    const ROUTING: &str = r#"
+        [[kernel]]
         name = "routing"
         file = "routing.cu"
     "#;
@@ -351,36 +387,40 @@ mod tests {
     }
 
     #[test]
-    fn kernels_are_listed_once_the_shared_ones_first() {
-        let second = CUDA.replace("cuda_decode", "cuda_decode_b");
-        let text = CPU.to_string() + CUDA + &second + SHARED;
-        let table = parse(&text).unwrap();
-        let names: Vec<_> = table.kernels().unwrap().iter().map(|k| k.name.as_str()).collect();
-        assert_eq!(names, ["routing", "decode_bf16"]);
+    fn a_typed_kernel_is_two_specialisations() {
+        let table = parse(&(CPU.to_string() + ROUTING + CUDA)).unwrap();
+        let all = table.specialisations();
+        let names: Vec<_> = all.iter().map(|k| k.name.as_str()).collect();
+        assert_eq!(names, ["routing", "decode_bf16", "decode_f16"]);
+        assert!(all[0].define.is_empty() && all[0].own_ptx.is_empty());
+        assert_eq!(all[1].define, ["MOE_COMPUTE=Bf16", "WEIGHT=half", "FAST"]);
+        assert_eq!((all[2].define[0].as_str(), all[2].own_ptx.as_slice()), ("MOE_COMPUTE=F16", &[89][..]));
     }
 
     #[test]
-    fn one_name_for_two_kernels_is_refused() {
-        for (from, to) in [("decode.cu", "other.cu"), ("WEIGHT=bf16", "WEIGHT=f16")] {
-            let second = CUDA.replace("cuda_decode", "cuda_decode_b").replace(from, to);
-            let error = parse(&(CPU.to_string() + CUDA + &second)).unwrap_err();
-            assert!(error.contains("`decode_bf16`"), "{error}");
-        }
-        assert!(parse(&(CPU.to_string() + SHARED + SHARED)).unwrap_err().contains("`routing`"));
-        assert!(parse(&(CPU.to_string() + CUDA + &SHARED.replace("\"routing\"", "\"decode_bf16\""))).is_err());
+    fn a_row_names_kernels_that_stand_once_in_the_table() {
+        let text = CPU.to_string() + CUDA;
+        let error = parse(&text.replace(r#"["decode"]"#, r#"["decode_fp8"]"#)).unwrap_err();
+        assert!(error.contains("`cuda_decode`") && error.contains("`decode_fp8`"), "{error}");
+        assert!(parse(&(text.clone() + ROUTING + ROUTING)).unwrap_err().contains("`routing`"));
+        // What the untyped one would be called.
+        assert!(
+            parse(&(text + &ROUTING.replace("\"routing\"", "\"decode_bf16\""))).unwrap_err().contains("`decode_bf16`")
+        );
     }
 
     #[test]
     fn kernel_names_files_and_defines_are_safe_to_pass_on() {
         for (from, to) in [
-            ("decode_bf16", "../decode"),
-            ("decode_bf16", ""),
+            ("decode\"\n        file", "../decode\"\n        file"),
+            ("decode\"\n        file", "\"\n        file"),
             ("decode.cu", "../decode.cu"),
             ("decode.cu", "/decode.cu"),
             ("decode.cu", "decode.cpp"),
             ("decode.cu", ".cu"),
-            ("WEIGHT=bf16", "=1"),
+            ("WEIGHT=half", "=1"),
             ("FAST", "-o"),
+            ("[89]", "[90]"),
         ] {
             let error = parse(&(CPU.to_string() + &CUDA.replace(from, to))).unwrap_err();
             assert!(error.contains("kernel `"), "{to}: {error}");
