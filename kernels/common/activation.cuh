@@ -13,28 +13,49 @@ struct Activation {
     float alpha, beta, limit;
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
+// The smaller and the larger one, or a NaN where either is, which fminf and fmaxf would lose.
+__device__ __forceinline__ float smaller(float a, float b) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+}
+__device__ __forceinline__ float larger(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+__device__ __forceinline__ float clamp(float x, float limit) { return larger(smaller(x, limit), -limit); }
+__device__ __forceinline__ float positive(float x) { return larger(x, 0.f); }
+
+// Powers too small for a normal number may be lost: they are added to one.
+__device__ __forceinline__ float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+// x times the sigmoid of y, by a quotient that is off by two units of the last place at most; zero where the sigmoid is
+// below 2^-126.
+__device__ __forceinline__ float times_sigmoid(float x, float y) {
+    return __fdividef(x, 1.f + power_of_two(y * -1.4426950408889634f));
+}
+__device__ __forceinline__ float silu(float x) { return times_sigmoid(x, x); }
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 __device__ __forceinline__ float gelu_tanh(float x) {
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
-// fminf and fmaxf would lose a NaN.
-__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
-__device__ __forceinline__ float clamp(float x, float limit) { return x < -limit ? -limit : at_most(x, limit); }
-__device__ __forceinline__ float positive(float x) { return x < 0.f ? 0.f : x; }
 
 __device__ __forceinline__ bool gated(const Activation& a) { return a.kind < kSiluNoMul; }
 
 __device__ __forceinline__ float apply(const Activation& a, float g, float u) {
     switch (a.kind) {
-        case kSilu: g = at_most(g, a.limit); return g * sigmoid(g) * clamp(u, a.limit);
+        case kSilu: return silu(smaller(g, a.limit)) * clamp(u, a.limit);
         case kGelu: return gelu(g) * u;
         case kGeluTanh: return gelu_tanh(g) * u;
-        case kSwigluOai: g = at_most(g, a.limit); return g * sigmoid(a.alpha * g) * (clamp(u, a.limit) + a.beta);
-        case kSwigluStep: return at_most(g * sigmoid(g), a.limit) * clamp(u, a.limit);
-        case kSitu: return a.beta * tanhf(g / a.beta) * sigmoid(g) * (a.alpha > 0.f ? a.alpha * tanhf(u / a.alpha) : u);
+        case kSwigluOai: g = smaller(g, a.limit); return times_sigmoid(g, a.alpha * g) * (clamp(u, a.limit) + a.beta);
+        case kSwigluStep: return smaller(silu(g), a.limit) * clamp(u, a.limit);
+        case kSitu: return times_sigmoid(a.beta * tanhf(g / a.beta), g) * (a.alpha > 0.f ? a.alpha * tanhf(u / a.alpha) : u);
         case kRelu2: g = positive(g); return g * g * u;
-        case kSiluNoMul: return u * sigmoid(u);
+        case kSiluNoMul: return silu(u);
         case kGeluNoMul: return gelu(u);
         case kGeluTanhNoMul: return gelu_tanh(u);
         default: u = positive(u); return u * u;

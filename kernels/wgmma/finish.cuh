@@ -15,23 +15,6 @@ __device__ __forceinline__ void store_turned(uint32_t at, const uint32_t (&v)[4]
                  : "memory");
 }
 
-// The smaller and the larger one, or a NaN where either is.
-__device__ __forceinline__ float smaller(float a, float b) {
-    float least;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
-    return least;
-}
-__device__ __forceinline__ float larger(float a, float b) {
-    float most;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
-    return most;
-}
-__device__ __forceinline__ float power_of_two(float x) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-}
-
 template <int kN>
 struct Finish {
     using L = Layout<kN>;
@@ -65,14 +48,6 @@ struct Finish {
         return *reinterpret_cast<const uint32_t*>(two);
     }
 
-    // As apply() of common/activation.cuh, with a quotient that is off by two units of float32's last place at most. Powers
-    // too small for a normal number may be lost: they are added to one.
-    __device__ __forceinline__ float silu(float g, float u) const {
-        const float limit = p.activation.limit;
-        g = smaller(g, limit);
-        return __fdividef(g, 1.f + power_of_two(g * -1.4426950408889634f)) * larger(smaller(u, limit), -limit);
-    }
-
     // Two neighbouring tokens' sums of a row times what belongs to them, and its bias.
     struct Two {
         float first, second;
@@ -91,7 +66,8 @@ struct Finish {
         const Two columns = factors(column);
         const Two gates = scaled(sums, rows.low, rows.low_bias, columns);
         const Two ups = scaled(sums + 2, rows.high, rows.high_bias, columns);
-        return pair(silu(gates.first, ups.first), silu(gates.second, ups.second));
+        const Activation silu{kSilu, 0.f, 0.f, p.activation.limit};
+        return pair(apply(silu, gates.first, ups.first), apply(silu, gates.second, ups.second));
     }
 
     // A piece's sums to results in shared memory: [token][16 of each warp], or eight where gates and ups are joined.
