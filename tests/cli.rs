@@ -210,6 +210,9 @@ fn rounded_activations_are_asked_for_by_name_and_told() {
     assert_eq!(rounded["numerics"], "activations rounded to int8 per 32 values");
     let error = |a: &Value| a["relative_errors"]["output"].as_f64().unwrap();
     assert!(error(&exact) < 1e-5 && (1e-3..2e-2).contains(&error(&rounded)), "{exact} {rounded}");
+    assert_eq!(answer(&["--fast-accum"])["fast_accum"], false);
+    let text = stdout(&run(&[&common[..common.len() - 1], &["--fast-accum"]].concat()));
+    assert!(text.contains("--fast-accum changes nothing"), "{text}");
     let both = run(&[&common[..], &["--backend", "cpu_simd_a8", "--exact-activations"]].concat());
     assert!(sentence(&both).contains("`cpu_simd_a8` rounds activations"));
 }

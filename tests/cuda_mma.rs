@@ -90,6 +90,14 @@ fn few_tokens_go_to_the_kernels_for_few_tokens() {
         let bits = |kernel| check(&stream, kernel, &layer, &mut Rng(8100), tokens, Skew::Uniform);
         assert_eq!(bits(&both), bits(want), "{tokens} tokens");
     }
+    // Of 128 tokens there are tiles for what is multiplied as it is stored.
+    for (alias, has) in [("Bf16", true), ("Fp8Block", false), ("Mxfp4W4A16", false)] {
+        let c = config(8, 2, 256, 384);
+        let layer = weights::layer(&mut Rng(8200), oracle(alias), c);
+        let mut kernel = gpu::kernel(&stream, &layer, KIND, None);
+        let answer = kernel.set_families(Families { tile: Some(Tile::T128), ..Families::of(&c) });
+        assert_eq!(answer.is_ok(), has, "{alias}: {answer:?}");
+    }
     // A workspace for many tokens serves fewer.
     let sizes: Vec<usize> = (0..64).map(|t| both.workspace_bytes(t)).collect();
     assert!(sizes.is_sorted(), "{sizes:?}");

@@ -175,6 +175,12 @@ impl CudaKernel {
         self.bytes_per_expert
     }
 
+    /// Whether sums stay in the tensor cores, as [`MoeConfig::fast_accum`] allows: for numbers of tokens that `cuda_wgmma`
+    /// serves with e4m3 scales per row and tensor.
+    pub fn fast_accum(&self) -> bool {
+        matches!(&self.experts, Experts::Mma(_, _, Some(wgmma), _) if wgmma.fast_accum())
+    }
+
     /// Which kernels serve how many tokens, where there is a choice.
     pub fn families(&self) -> Option<Families> {
         match &self.experts {
@@ -183,7 +189,8 @@ impl CudaKernel {
         }
     }
 
-    /// Replaces that choice. Refused where there is none, and where a batch-invariant layer would change families with
+    /// Replaces that choice. Refused where there is none, for a tile that the layer has no kernel for (of 128 tokens there is
+    /// one for bf16, f16 and int8 alone), and where a batch-invariant layer would change families with
     /// the number of tokens.
     pub fn set_families(&mut self, families: Families) -> Result<(), CudaError> {
         match &mut self.experts {
@@ -192,6 +199,9 @@ impl CudaKernel {
             }
             Experts::Mma(..) if families.wgmma_tile.is_some_and(|t| !wgmma::TILES.contains(&t)) => {
                 Err(CudaError::Argument("a tile of cuda_wgmma has 64, 128 or 256 tokens"))
+            }
+            Experts::Mma(mma, ..) if families.tile.is_some_and(|t| !mma.has(t)) => {
+                Err(CudaError::Argument("cuda_mma has no kernel for that tile here: take a smaller one"))
             }
             Experts::Mma(mma, _, wgmma, have) => {
                 mma.tile = families.tile;

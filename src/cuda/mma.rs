@@ -173,6 +173,11 @@ impl Mma {
         Parts::new(self, tokens).map_or(usize::MAX, |p| p.all)
     }
 
+    /// Whether there is a kernel for a tile: the GPU has room for it, and the format one of so many tokens.
+    pub fn has(&self, tile: Tile) -> bool {
+        self.kernels[tile as usize].is_some()
+    }
+
     /// The kernel for so many assignments: of the wanted tile, or the largest below it that this GPU runs.
     fn kernel(&self, assignments: usize, experts: usize) -> Result<(Tile, &Kernel, Ring), CudaError> {
         let wanted = self.tile.unwrap_or_else(|| Tile::of(self.operands, assignments, experts));

@@ -254,6 +254,11 @@ impl Wgmma {
         }))
     }
 
+    /// Whether sums stay in the tensor cores.
+    pub fn fast_accum(&self) -> bool {
+        self.kind == Kind::Fp8Fast
+    }
+
     /// From how many tokens on, or slots of an expert, these kernels are faster than all others.
     pub fn pays_from(&self) -> usize {
         cost::pays_from(&self.config, self.kind, self.bytes_per_expert)

@@ -53,6 +53,15 @@ impl Kernel {
         }
     }
 
+    /// As [`Layer::fast_accum`](super::Layer::fast_accum).
+    pub(super) fn fast_accum(&self) -> bool {
+        match self {
+            Kernel::Cpu(_) => false,
+            #[cfg(feature = "cuda")]
+            Kernel::Gpu(_, kernel) => kernel.fast_accum(),
+        }
+    }
+
     /// `hidden` `[T, H]`, ids and weights `[T, k]` to the output `[T, H]`.
     pub(super) fn forward(
         &self,

@@ -205,6 +205,12 @@ impl Layer {
         self.kernel.config()
     }
 
+    /// Whether sums stay in the tensor cores, as [`MoeConfig::fast_accum`] allows: for numbers of tokens that `cuda_wgmma`
+    /// serves with e4m3 scales per row and tensor.
+    pub fn fast_accum(&self) -> bool {
+        self.kernel.fast_accum()
+    }
+
     /// The router: `hidden` `[T, H]` to ids and weights `[T, k]`, best first.
     pub fn route(&self, hidden: &[f32]) -> (Vec<i32>, Vec<f32>) {
         let c = self.kernel.config();

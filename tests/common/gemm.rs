@@ -7,10 +7,14 @@ use moe_oracle::scheme::{Elem, QuantKey};
 
 pub const KIND: ExpertsKind = ExpertsKind::Mma;
 
-/// The grouped GEMM whatever the number of tokens, with a tile or the one that suits.
+/// The grouped GEMM whatever the number of tokens, with a tile, or the largest where the layer has no such, or the one that
+/// suits.
 pub fn gemm(stream: &Stream, layer: &Layer, tile: Option<Tile>, map: Option<&[i32]>) -> CudaKernel {
     let mut kernel = gpu::kernel(stream, layer, KIND, map);
-    kernel.set_families(Families { decode_up_to: 0, tile, ..Families::of(&layer.config) }).unwrap();
+    let families = |tile| Families { decode_up_to: 0, tile, ..Families::of(&layer.config) };
+    if tile != Some(Tile::T128) || kernel.set_families(families(tile)).is_err() {
+        kernel.set_families(families(tile.map(|t| t.min(Tile::T64)))).unwrap();
+    }
     kernel
 }
 

@@ -99,7 +99,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let facts = serde_json::json!({
             "family": family, "layer": index, "producer": producer, "scheme": oracle.scheme.name(),
             "oracle": oracle.alias, "weight_key": key(oracle.weight), "activation_key": key(oracle.activation),
-            "backend": kernel.name, "why": why, "numerics": numerics, "platform": options.platform.to_string(),
+            "backend": kernel.name, "why": why, "numerics": numerics, "fast_accum": layer.fast_accum(),
+            "platform": options.platform.to_string(),
             "shared_backend": layer.shared_choice().map(|s| s.kernel.name),
             "relative_errors": compared.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
             "tokens": input.tokens, "threads": moe_oracle::cpu::Executor::threads(&pool),
@@ -112,7 +113,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         key(oracle.weight).unwrap_or("not quantised"),
         key(oracle.activation).unwrap_or("not quantised"),
     ))?;
-    outln(&format!("backend {} on {}: {why}; {numerics}", kernel.name, options.platform))?;
+    let sums = match (args.fast_accum, layer.fast_accum()) {
+        (_, true) => "; sums of e4m3 products stay in the tensor cores",
+        (true, false) => "; --fast-accum changes nothing, since only cuda_wgmma with e4m3 scaled by rows has such sums",
+        (false, false) => "",
+    };
+    outln(&format!("backend {} on {}: {why}; {numerics}{sums}", kernel.name, options.platform))?;
     if let Some(shared) = layer.shared_choice().filter(|s| s.kernel.name != kernel.name) {
         outln(&format!("the shared expert is {}: backend {}", shared.oracle.scheme, shared.kernel.name))?;
     }
