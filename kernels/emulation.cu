@@ -1,6 +1,7 @@
 // Emulation: the layer from its definition, in float32 over canonical weights (src/weights.rs), one warp per result. The
 // input of both projections is quantised as the activation key says, if there is one. What the fast kernels are compared
-// with; it knows nothing of their packed formats.
+// with; it knows nothing of their packed formats. In the batched format every slot of an expert is a token with that expert
+// alone and no routing weight.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -47,20 +48,22 @@ struct Layer {
     int key;  // what activations become, by its place in MOE_ACTIVATION_KEYS; -1: they stay exact
 };
 
-// The call, and the tokens of this launch.
+// The call, and the tokens of this launch. T tokens; in the batched format local experts * max slots, k being 1.
 struct Call {
     const void* hidden;      // [T, H] of the input type
     const int* ids;          // [T, k]
-    const float* weights;    // [T, k]
+    const float* weights;    // [T, k]; null in the batched format
     const int* map;          // [E], local ids; null: every expert is local
+    const int* counts;       // [local experts], tokens in an expert's slots; null in the standard format
     float* middle;           // [tokens of the launch, k, I]
     float* quantized;        // [tokens of the launch, k, H], used if there is a key
     void* output;            // [T, H] of the input type
     int64_t first, tokens;
+    int64_t max;             // slots of an expert in the batched format
 };
 
 // src/cuda/emulation.rs has the same.
-static_assert(sizeof(Expert) == 200 && sizeof(Layer) == 56 && sizeof(Call) == 72, "");
+static_assert(sizeof(Expert) == 200 && sizeof(Layer) == 56 && sizeof(Call) == 88, "");
 
 __device__ float half_value(bool bf16, uint16_t bits) {
     return bf16 ? __bfloat162float(__ushort_as_bfloat16(bits)) : __half2float(__ushort_as_half(bits));
@@ -135,12 +138,24 @@ __device__ float project(const Matrix& m, const float* bias, int row, int cols, 
     return bias != nullptr ? sum + bias[row] : sum;
 }
 
-// The expert of a slot, null where it is not on this rank or does not exist.
+// The expert of a slot, null where it is not on this rank or does not exist, or where the slot is empty.
 __device__ const Expert* expert(const Layer& layer, const Call& call, int64_t slot) {
+    if (call.counts != nullptr) {
+        const int64_t local = slot / call.max;
+        return slot % call.max < call.counts[local] ? layer.local + local : nullptr;
+    }
     const int id = call.ids[slot];
     if (id < 0 || id >= layer.experts) return nullptr;
     const int local = call.map != nullptr ? call.map[id] : id;
     return local < 0 || local >= layer.local_experts ? nullptr : layer.local + local;
+}
+
+// What a slot's input is multiplied by, and its result.
+__device__ float input_factor(const Layer& layer, const Call& call, int64_t slot) {
+    return call.weights != nullptr && layer.weight_on_input ? call.weights[slot] : 1.f;
+}
+__device__ float result_factor(const Layer& layer, const Call& call, int64_t slot) {
+    return call.weights != nullptr && !layer.weight_on_input ? call.weights[slot] : 1.f;
 }
 
 __device__ uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
@@ -191,7 +206,7 @@ extern "C" __global__ void emulation_input(Layer layer, Call call) {
         if (e == nullptr) continue;
         float* row = call.quantized + n * layer.hidden;
         const int64_t first = slot / layer.topk * layer.hidden;
-        const float factor = layer.weight_on_input ? call.weights[slot] : 1.f;
+        const float factor = input_factor(layer, call, slot);
         for (int col = threadIdx.x % LANES; col < layer.hidden; col += LANES) {
             row[col] = read(layer.input, call.hidden, first + col) * factor;
         }
@@ -218,7 +233,7 @@ extern "C" __global__ void emulation_first(Layer layer, Call call) {
         const Expert* e = expert(layer, call, slot);
         if (e == nullptr) continue;
         const int64_t first = slot / layer.topk * layer.hidden;
-        const float factor = layer.weight_on_input ? call.weights[slot] : 1.f;
+        const float factor = input_factor(layer, call, slot);
         const float* quantized = call.quantized + n / layer.inter * layer.hidden;
         const auto x = [&](int col) {
             return layer.key >= 0 ? quantized[col] : read(layer.input, call.hidden, first + col) * factor;
@@ -229,12 +244,14 @@ extern "C" __global__ void emulation_first(Layer layer, Call call) {
     }
 }
 
-// The projection of I, summed over a token's slots in their order: one element of the output at a time.
+// The projection of I, summed over a token's slots in their order: one element of the output at a time. Empty slots' rows stay
+// unwritten.
 extern "C" __global__ void emulation_second(Layer layer, Call call) {
     const int64_t results = call.tokens * layer.hidden;
     for (int64_t n = warp(); n < results; n += warps()) {
         const int64_t token = n / layer.hidden;
         const int row = static_cast<int>(n % layer.hidden);
+        if (call.counts != nullptr && expert(layer, call, call.first + token) == nullptr) continue;
         float sum = 0.f;
         for (int64_t k = token * layer.topk; k < (token + 1) * layer.topk; ++k) {
             const int64_t slot = call.first * layer.topk + k;
@@ -242,7 +259,7 @@ extern "C" __global__ void emulation_second(Layer layer, Call call) {
             if (e == nullptr) continue;
             const float* middle = call.middle + k * layer.inter;
             const float y = project(e->down, e->down_bias, row, layer.inter, [&](int col) { return middle[col]; });
-            sum += layer.weight_on_input ? y : call.weights[slot] * y;
+            sum += result_factor(layer, call, slot) * y;
         }
         if (threadIdx.x % LANES == 0) {
             write(layer.input, call.output, (call.first + token) * layer.hidden + row, sum);

@@ -11,7 +11,7 @@ use moe_oracle::config::*;
 use moe_oracle::cuda::emulation::{Emulation, EmulationError};
 use moe_oracle::cuda::{CudaError, DeviceBuffer, DevicePtr, Graph, Stream, Tensors};
 use moe_oracle::layer::{Device, LayerError, LayerOptions};
-use moe_oracle::oracle::{DynOracle, ORACLES, SelectInputs};
+use moe_oracle::oracle::{DynOracle, ExpertsKind, ORACLES, SelectInputs};
 use moe_oracle::platform::Platform;
 use moe_oracle::scheme::{FP8_DYNAMIC_TOKEN_SYM, FP8_STATIC_TENSOR_SYM, INT4_STATIC, QuantKey};
 use moe_oracle::weights::Scales;
@@ -456,4 +456,12 @@ fn a_backend_of_the_cpu_does_not_run_behind_a_gpus_back() {
     let options = LayerOptions { platform: Platform::cpu(), inputs: SelectInputs::AUTO, exact_activations: false };
     let said = moe_oracle::layer::Layer::on(layer, &options, Device::Gpu(&stream.into())).err().unwrap();
     assert!(matches!(said, LayerError::Device), "{said}");
+}
+
+#[test]
+fn the_batched_format_gives_what_the_standard_one_gives() {
+    let Some(stream) = gpu::stream() else { return };
+    let make = |layer: &Layer, map: Option<&[i32]>| gpu::kernel(&stream, layer, ExpertsKind::Emulation, map);
+    let aliases = [&packed::BATCHED[..], &["Fp8Channel", "Int8Channel"]].concat();
+    packed::the_batched_format_agrees(&stream, &make, &aliases, key, 19, [3, 0, 19, 1, 9]);
 }

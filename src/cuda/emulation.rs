@@ -6,7 +6,7 @@ mod arena;
 mod matrix;
 
 use super::activation::Activation;
-use super::call::Tensors;
+use super::call::{BatchedTensors, Tensors};
 use super::launch::{Arg, Launch};
 use super::memory::{DeviceBuffer, DevicePtr};
 use super::module::Kernel;
@@ -83,14 +83,16 @@ struct Call {
     ids: u64,
     weights: u64,
     map: u64,
+    counts: u64,
     middle: u64,
     quantized: u64,
     output: u64,
     first: i64,
     tokens: i64,
+    max: i64,
 }
 
-const _: () = assert!(size_of::<Expert>() == 200 && size_of::<Layer>() == 56 && size_of::<Call>() == 72);
+const _: () = assert!(size_of::<Expert>() == 200 && size_of::<Layer>() == 56 && size_of::<Call>() == 88);
 
 impl Emulation {
     /// Uploads the weights, in the stream's order, and waits for it. With an `activation` key the input of each GEMM is
@@ -135,9 +137,13 @@ impl Emulation {
         })
     }
 
-    /// Bytes of workspace for up to so many tokens.
+    /// Bytes of workspace for up to so many tokens, or slots of an expert in the batched format.
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
-        tokens.min(self.tokens_at_once()) * self.scratch_per_token() * size_of::<f32>()
+        let rows = match self.config.format {
+            ActivationFormat::Standard => tokens,
+            ActivationFormat::Batched => tokens.saturating_mul(self.config.local_experts),
+        };
+        rows.min(self.rows_at_once()) * self.scratch_per_row() * size_of::<f32>()
     }
 
     /// Runs the layer on the stream; does not wait. `map` says which local expert each of the E experts is, -1 for one
@@ -165,21 +171,51 @@ impl Emulation {
             }
             _ => {}
         }
-        let mut call = Call {
+        let call = Call {
             hidden: t.hidden.address(),
             ids: t.topk_ids.address(),
             weights: t.topk_weights.address(),
             map: map.map_or(0, |m| m.address()),
             middle: t.workspace.address(),
-            quantized: 0,
             output: t.output.address(),
-            first: 0,
-            tokens: 0,
+            ..Call::zeroed()
         };
-        for first in (0..tokens).step_by(self.tokens_at_once()) {
-            let now = self.tokens_at_once().min(tokens - first);
+        // SAFETY: the check has found ids, weights, hidden states and output rows of all tokens and the workspace, and the map
+        // has an entry per expert; the rest is the caller's promise.
+        unsafe { self.run(stream, call, tokens) }
+    }
+
+    /// The batched format: `max` slots to an expert, of which the first `counts[e]` hold tokens. Otherwise as
+    /// [`forward`](Self::forward).
+    ///
+    /// # Safety
+    /// As for [`forward`](Self::forward).
+    pub unsafe fn forward_batched(&self, stream: &Stream, t: &BatchedTensors<'_>, max: usize) -> Result<(), CudaError> {
+        t.check(&self.config, max, self.workspace_bytes(max))?;
+        let call = Call {
+            hidden: t.hidden.address(),
+            counts: t.counts.address(),
+            middle: t.workspace.address(),
+            output: t.output.address(),
+            max: max as i64,
+            ..Call::zeroed()
+        };
+        // SAFETY: the check has found hidden states and output rows of all slots, a count per local expert, and the workspace;
+        // the rest is the caller's promise.
+        unsafe { self.run(stream, call, max * self.config.local_experts) }
+    }
+
+    /// The launches for so many rows: tokens, or slots of all experts.
+    ///
+    /// # Safety
+    /// As for [`forward`](Self::forward); what `call` points to holds all rows, but `middle`, which holds what
+    /// [`rows_at_once`](Self::rows_at_once) need. It says which format it is of by `weights` and `counts`.
+    unsafe fn run(&self, stream: &Stream, mut call: Call, rows: usize) -> Result<(), CudaError> {
+        for first in (0..rows).step_by(self.rows_at_once()) {
+            let now = self.rows_at_once().min(rows - first);
             (call.first, call.tokens) = (first as i64, now as i64);
-            let MoeConfig { topk, hidden, intermediate, .. } = self.config;
+            let MoeConfig { hidden, intermediate, .. } = self.config;
+            let topk = self.layer.topk as usize;
             call.quantized = call.middle + (now * topk * intermediate * size_of::<f32>()) as u64;
             let [input, middle] =
                 self.quantizers.as_ref().map_or([None; 2], |[input, middle]| [Some(input), Some(middle)]);
@@ -193,8 +229,8 @@ impl Emulation {
                 let blocks = results.div_ceil(THREADS / 32).min(MAX_BLOCKS);
                 let mut args = [Arg::new(&self.layer), Arg::new(&call)];
                 // SAFETY: the arguments are the two parameters of all four entries. The kernels read ids, weights and
-                // hidden states of tokens below `tokens` and write output rows of the same, which the check has found in
-                // the tensors; middle and quantised elements below `now` tokens', which lie in the workspace one after the
+                // hidden states, or counts, of rows below `rows` and write output rows of the same, which is what `call`
+                // holds; middle and quantised elements below `now` rows', which lie in the workspace one after the
                 // other; map entries below E; and the weights, as laid out for this layer, which `self` holds. The rest
                 // is the caller's promise.
                 unsafe { Launch::new(blocks as u32, THREADS as u32).run(stream, kernel, &mut args) }?;
@@ -204,13 +240,13 @@ impl Emulation {
     }
 
     /// Elements; `layer` has refused sizes whose product overflows.
-    fn scratch_per_token(&self) -> usize {
+    fn scratch_per_row(&self) -> usize {
         let quantized = if self.quantizers.is_some() { self.config.hidden } else { 0 };
-        self.config.topk * (self.config.intermediate + quantized)
+        self.layer.topk as usize * (self.config.intermediate + quantized)
     }
 
-    fn tokens_at_once(&self) -> usize {
-        (MAX_SCRATCH / self.scratch_per_token()).max(1)
+    fn rows_at_once(&self) -> usize {
+        (MAX_SCRATCH / self.scratch_per_row()).max(1)
     }
 }
 
@@ -218,9 +254,6 @@ impl Emulation {
 fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
     if let Some(problem) = config.problem() {
         return Err(problem);
-    }
-    if config.format != ActivationFormat::Standard {
-        return Err("the emulation on the GPU takes the standard activation format only");
     }
     // The largest layer of one token, 4 GiB of scratch, is far beyond any model.
     if config.topk.checked_mul(config.intermediate + config.hidden).is_none_or(|n| n > 1 << 30) {
@@ -234,7 +267,8 @@ fn layer(config: &MoeConfig) -> Result<Layer, &'static str> {
         intermediate: int(config.intermediate),
         experts: int(config.experts),
         local_experts: int(config.local_experts),
-        topk: int(config.topk),
+        // A slot of the batched format has one expert.
+        topk: if config.format == ActivationFormat::Batched { 1 } else { int(config.topk) },
         input: config.input as i32,
         weight_on_input: i32::from(config.weight_on_input),
         activation: Activation::of(config.activation),

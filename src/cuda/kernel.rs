@@ -276,7 +276,7 @@ impl CudaKernel {
                 Experts::Mma(_, decode, _, f) if max <= f.decode_up_to => decode.forward_batched(stream, t, max),
                 Experts::Mma(_, _, Some(wgmma), f) if max >= f.wgmma_from => wgmma.forward_batched(stream, t, max),
                 Experts::Mma(mma, ..) => mma.forward_batched(stream, t, max),
-                Experts::Emulation(_) => Err(CudaError::Argument("the emulation takes the standard format only")),
+                Experts::Emulation(experts) => experts.forward_batched(stream, t, max),
             }
         }
     }
