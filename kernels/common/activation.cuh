@@ -24,6 +24,8 @@ __device__ __forceinline__ float larger(float a, float b) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
     return most;
 }
+// As smaller(), by an instruction more and, in decode's kernels, a register less, of which some have none to spare.
+__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
 __device__ __forceinline__ float clamp(float x, float limit) { return larger(smaller(x, limit), -limit); }
 __device__ __forceinline__ float positive(float x) { return larger(x, 0.f); }
 
@@ -48,10 +50,10 @@ __device__ __forceinline__ bool gated(const Activation& a) { return a.kind < kSi
 
 __device__ __forceinline__ float apply(const Activation& a, float g, float u) {
     switch (a.kind) {
-        case kSilu: return silu(smaller(g, a.limit)) * clamp(u, a.limit);
+        case kSilu: return silu(at_most(g, a.limit)) * clamp(u, a.limit);
         case kGelu: return gelu(g) * u;
         case kGeluTanh: return gelu_tanh(g) * u;
-        case kSwigluOai: g = smaller(g, a.limit); return times_sigmoid(g, a.alpha * g) * (clamp(u, a.limit) + a.beta);
+        case kSwigluOai: g = at_most(g, a.limit); return times_sigmoid(g, a.alpha * g) * (clamp(u, a.limit) + a.beta);
         case kSwigluStep: return smaller(silu(g), a.limit) * clamp(u, a.limit);
         case kSitu: return times_sigmoid(a.beta * tanhf(g / a.beta), g) * (a.alpha > 0.f ? a.alpha * tanhf(u / a.alpha) : u);
         case kRelu2: g = positive(g); return g * g * u;

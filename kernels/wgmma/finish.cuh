@@ -66,8 +66,9 @@ struct Finish {
         const Two columns = factors(column);
         const Two gates = scaled(sums, rows.low, rows.low_bias, columns);
         const Two ups = scaled(sums + 2, rows.high, rows.high_bias, columns);
-        const Activation silu{kSilu, 0.f, 0.f, p.activation.limit};
-        return pair(apply(silu, gates.first, ups.first), apply(silu, gates.second, ups.second));
+        const float limit = p.activation.limit;
+        return pair(silu(smaller(gates.first, limit)) * clamp(ups.first, limit),
+                    silu(smaller(gates.second, limit)) * clamp(ups.second, limit));
     }
 
     // A piece's sums to results in shared memory: [token][16 of each warp], or eight where gates and ups are joined.
