@@ -3,6 +3,7 @@
 
 use super::launch::{Arg, Launch};
 use super::module::Kernel;
+use super::permute::ROW_BYTES;
 use super::{CudaError, Gpu, Stream};
 use crate::config::InputType;
 use crate::scheme::*;
@@ -28,11 +29,42 @@ const SERVED: [Served; 5] = [
 const BY_EXPERT: [Served; 2] =
     [served!("fp8_expert", [FP8_STATIC_TENSOR_SYM]), served!("int8_expert", [INT8_STATIC_TENSOR_SYM])];
 
+/// Warps of a block.
 const WARPS: usize = 8;
-/// From so many rows on a warp takes each, if they are shorter than `LONG` columns: of longer ones it would have to read most
-/// columns twice, where a block's warps together keep them.
-const MANY: usize = 2048;
-const LONG: usize = 2048;
+/// What a warp takes of a row at once, and how many such steps it has under way.
+const STEP_BYTES: usize = 256;
+const STEPS: usize = 4;
+
+/// How warps share out rows, as powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    /// A row's warps.
+    warp_bits: u32,
+    /// A warp's rows.
+    row_bits: u32,
+}
+
+impl Shape {
+    /// For so many rows of so many planes; `together`: a warp may take several. Measured with rows of 256 to 14336 columns.
+    fn of(sources: usize, planes: usize, together: bool) -> Self {
+        const MANY: usize = 8192;
+        const FEW: usize = 2048;
+        let steps = (planes * ROW_BYTES).div_ceil(STEP_BYTES);
+        if together && steps < STEPS && sources >= MANY {
+            return Self { warp_bits: 0, row_bits: STEPS.ilog2() };
+        }
+        // As many as have all of the row under way; or more, so that every multiprocessor has some.
+        let mut warps = steps.div_ceil(STEPS).next_power_of_two();
+        while sources * warps < FEW && warps < steps {
+            warps *= 2;
+        }
+        Self { warp_bits: warps.min(WARPS).ilog2(), row_bits: 0 }
+    }
+
+    fn rows_of_block(self) -> usize {
+        WARPS >> self.warp_bits << self.row_bits
+    }
+}
 
 /// Where rows go.
 #[derive(Clone, Copy)]
@@ -66,15 +98,18 @@ struct OperandsParams {
     rows: i32,
     sources: i32,
     copies: i32,
-    warps: i32,
+    warp_bits: i32,
+    row_bits: i32,
+    unused: i32,
 }
 
-const _: () = assert!(size_of::<OperandsParams>() == 72);
+const _: () = assert!(size_of::<OperandsParams>() == 80);
 
 /// Quantises rows of one length to 8-bit codes.
 pub(super) struct Operands {
     kernel: Kernel,
     columns: usize,
+    by_expert: bool,
     /// Scales of a row.
     pub scales: usize,
 }
@@ -97,7 +132,7 @@ impl Operands {
             (true, Extent::Len(n)) => columns.div_ceil(n as usize),
             (true, _) => 1,
         };
-        Ok(Self { kernel: gpu.kernel("operands", entries[place])?, columns, scales })
+        Ok(Self { kernel: gpu.kernel("operands", entries[place])?, columns, by_expert, scales })
     }
 
     /// Quantises `sources` rows to codes, in planes, and their scales, `[scales][rows]`; does not wait, and may start while
@@ -114,7 +149,8 @@ impl Operands {
         to: OrderedPlanes,
         sources: usize,
     ) -> Result<(), CudaError> {
-        let alone = sources >= MANY && self.columns < LONG;
+        // Experts' own scales are read for a row as a whole.
+        let shape = Shape::of(sources, to.count, to.places == 0 && !self.by_expert);
         let params = OperandsParams {
             input,
             places: to.places,
@@ -127,9 +163,11 @@ impl Operands {
             rows: to.rows as i32,
             sources: sources as i32,
             copies: to.copies as i32,
-            warps: if alone { 1 } else { WARPS as i32 },
+            warp_bits: shape.warp_bits as i32,
+            row_bits: shape.row_bits as i32,
+            unused: 0,
         };
-        let blocks = if alone { sources.div_ceil(WARPS) } else { sources };
+        let blocks = sources.div_ceil(shape.rows_of_block());
         let launch = Launch::new(blocks as u32, 32 * WARPS as u32).overlap(true);
         // SAFETY: the only parameter of every entry; the rest is the caller's promise.
         unsafe { launch.run(stream, &self.kernel, &mut [Arg::new(&params)]) }
@@ -143,13 +181,34 @@ mod tests {
     #[test]
     fn the_kernels_have_the_same_numbers() {
         let source = include_str!("../../kernels/operands.cu");
-        assert!(source.contains(&format!("kWarps = {WARPS},")));
+        assert!(source.contains(&format!("kWarps = {WARPS},")) && STEP_BYTES == 256);
+        assert!(source.contains(&format!("kStep = 32 * CHUNK, kSteps = {STEPS};")));
         for (table, entries) in [(&SERVED[..], "MOE_ENTRIES"), (&BY_EXPERT[..], "MOE_BY_ROW")] {
             for ([bf16, f16], _) in table {
                 let name = bf16.trim_start_matches("operands_").trim_end_matches("_bf16");
                 assert!(source.contains(&format!("{entries}({name}, ")), "{name}");
                 assert_eq!(*f16, format!("operands_{name}_f16"));
             }
+        }
+    }
+
+    #[test]
+    fn every_row_has_its_warps() {
+        for (sources, planes, together, warps, rows) in [
+            (33664, 6, true, 1, 4),
+            (33664, 6, false, 1, 1),
+            (2944, 6, true, 1, 1),
+            (34560, 2, true, 1, 4),
+            (4096, 16, false, 2, 1),
+            (16, 16, false, 8, 1),
+            (16, 56, false, 8, 1),
+            (8248, 112, true, 8, 1),
+            (1, 1, true, 1, 1),
+            (8, 1024, true, 8, 1),
+        ] {
+            let shape = Shape::of(sources, planes, together);
+            assert_eq!((1 << shape.warp_bits, 1 << shape.row_bits), (warps, rows), "{sources} {planes}");
+            assert_eq!(shape.rows_of_block(), WARPS / warps * rows);
         }
     }
 }

@@ -342,4 +342,37 @@ mod tests {
             }
         }
     }
+
+    /// kernels/operands.cu divides by a constant with products, and makes codes of 16-bit numbers by an inverse in two parts,
+    /// whose first one is off by up to three units of the last place. Powers of two only move them.
+    #[test]
+    fn inverses_in_two_parts_make_the_same_codes() {
+        use crate::scheme::number::round_e4m3;
+        for largest in [448.0f32, 127.0] {
+            for bits in (0..f32::INFINITY.to_bits()).step_by(4093) {
+                let (top, inverse) = (f32::from_bits(bits), 1.0 / largest);
+                let near = top * inverse;
+                let value = (-near).mul_add(largest, top).mul_add(inverse, near);
+                assert!(value == top / largest || !value.is_normal() && !(top / largest).is_normal(), "{top}");
+            }
+        }
+        for (bits, largest) in [(8, 448.0f32), (11, 448.0), (8, 127.0), (11, 127.0)] {
+            let mantissas = || (1 << (bits - 1)..1 << bits).map(|m| m as f32);
+            for top in mantissas() {
+                let scale = top / largest;
+                for off in 1..=3 {
+                    let high = f32::from_bits(scale.recip().to_bits() - off);
+                    let low = (-high).mul_add(scale, 1.0) * high;
+                    assert!(low > 0.0);
+                    for x in mantissas() {
+                        for power in [1.0, 0.5f32.powi(9), 0.5f32.powi(16)] {
+                            let (near, q) = ((x * power).mul_add(high, x * power * low), x * power / scale);
+                            let code = if largest == 127.0 { f32::round_ties_even } else { round_e4m3 };
+                            assert_eq!(code(near), code(q), "{x} {top} {largest}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
