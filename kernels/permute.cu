@@ -158,46 +158,70 @@ static_assert(sizeof(CombineParams) == 56, "");
 constexpr int kCombineThreads = 256;
 constexpr int kMaxTopk = 32;
 
-// out = sum of weight * result over the token's slots, in their order.
+// What is read once, and is the first to go from L2.
+__device__ __forceinline__ uint4 load_once(const uint4* at) {
+    uint4 v;
+    asm volatile(
+        "{\n.reg .b64 once;\nmov.b64 once, 0x12f0000000000000;\n"
+        "ld.global.cg.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], once;\n}"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(at));
+    return v;
+}
+
+// Eight columns of the sum of weight * result over the token's slots, in their order; lane i has the ith slot's weight, and
+// its assignment or -1.
+template <class C, int kAtOnce>
+__device__ __forceinline__ void sum_slots(const uint4* results, int eights, int topk, bool exists, int mine, float weight,
+                                          float (&sum)[8]) {
+#pragma unroll 1
+    for (int first = 0; first < topk; first += kAtOnce) {
+        uint4 v[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int slot = __shfl_sync(~0u, mine, first + j);
+            if (slot >= 0 && exists) v[j] = load_once(results + static_cast<long long>(slot) * eights);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) {
+            const int slot = __shfl_sync(~0u, mine, first + j);
+            const float w = __shfl_sync(~0u, weight, first + j);
+            if (slot < 0) continue;
+            const typename C::T* x = reinterpret_cast<const typename C::T*>(&v[j]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum[e] = fmaf(w, C::to_float(x[e]), sum[e]);
+        }
+    }
+}
+
+// Of a warp: a part of a token.
 template <class C>
 __device__ __forceinline__ void combine(const CombineParams& p) {
-    __shared__ float weights[kMaxTopk];
-    __shared__ int slots[kMaxTopk];
-    __shared__ int count;
-    const int token = blockIdx.x, lane = threadIdx.x;
+    static_assert(kMaxTopk == 32, "");
+    const int token = blockIdx.x, lane = threadIdx.x % 32;
+    const int eights = p.hidden / 8, i = blockIdx.y * kCombineThreads + threadIdx.x;
     // Ids and weights were complete when the plan was begun, several grids ago.
-    if (lane < 32) {
-        int local = -1;
-        if (lane < p.topk) {
-            local = moe::local_expert(p.ids[token * p.topk + lane], p.map, p.experts, p.local_experts);
-        }
-        const unsigned here = __ballot_sync(~0u, local >= 0);
-        if (local >= 0) {
-            const int at = __popc(here & ((1u << lane) - 1));
-            slots[at] = token * p.topk + lane;
-            weights[at] = p.weights != nullptr ? p.weights[token * p.topk + lane] : 1.f;
-        }
-        if (lane == 0) count = __popc(here);
+    int mine = -1;
+    float weight = 1.f;
+    if (lane < p.topk) {
+        const int slot = token * p.topk + lane;
+        if (moe::local_expert(p.ids[slot], p.map, p.experts, p.local_experts) >= 0) mine = slot;
+        if (p.weights != nullptr) weight = p.weights[slot];
     }
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    __syncthreads();
-    const int n = count, eights = p.hidden / 8;
-    const uint4* results = static_cast<const uint4*>(p.results);
-    for (int i = blockIdx.y * kCombineThreads + threadIdx.x; i < eights; i += gridDim.y * kCombineThreads) {
-        float sum[8] = {};
-#pragma unroll 8
-        for (int j = 0; j < n; j++) {
-            const uint4 v = __ldcg(results + (long long)slots[j] * eights + i);
-            const typename C::T* x = reinterpret_cast<const typename C::T*>(&v);
-#pragma unroll
-            for (int e = 0; e < 8; e++) sum[e] = fmaf(weights[j], C::to_float(x[e]), sum[e]);
-        }
-        __align__(16) typename C::T y[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) y[e] = C::from_float(sum[e]);
-        static_cast<uint4*>(p.output)[(long long)token * eights + i] = *reinterpret_cast<const uint4*>(y);
+    const uint4* results = static_cast<const uint4*>(p.results) + i;
+    float sum[8] = {};
+    if (p.topk > 4) {
+        sum_slots<C, 8>(results, eights, p.topk, i < eights, mine, weight, sum);
+    } else {
+        sum_slots<C, 4>(results, eights, p.topk, i < eights, mine, weight, sum);
     }
+    if (i >= eights) return;
+    __align__(16) typename C::T y[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) y[e] = C::from_float(sum[e]);
+    static_cast<uint4*>(p.output)[static_cast<long long>(token) * eights + i] = *reinterpret_cast<const uint4*>(y);
 }
 
 }  // namespace
@@ -328,18 +352,17 @@ extern "C" __global__ void __launch_bounds__(32 * kLayOutWarps) moe_lay_out(cons
 
 // grid (tokens, parts of a row): 16-bit tokens to each of their experts' rows
 extern "C" __global__ void __launch_bounds__(kSpreadThreads) moe_spread(const __grid_constant__ SpreadParams p) {
-    const int token = blockIdx.x, at = blockIdx.y * kSpreadThreads + threadIdx.x;
+    const int token = blockIdx.x, at = blockIdx.y * kSpreadThreads + threadIdx.x, lane = threadIdx.x % 32;
     const bool exists = at < kChunks * p.planes_count;
     // Tokens were complete when the plan was begun, which is the grid ahead.
     const uint4 v = exists ? spread_chunk(p, token, at) : make_uint4(0, 0, 0, 0);
     moe::wait_for_previous_grid();
     moe::release_next_grid();
-    if (!exists) return;
+    const int mine = lane < p.topk ? __ldcg(p.places + token * p.topk + lane) : -1;
 #pragma unroll 4
     for (int slot = 0; slot < p.topk; slot++) {
-        const int row = __ldcg(p.places + token * p.topk + slot);
-        if (row < 0) continue;
-        p.planes[moe::ordered_place(at, row, p.rows)] = v;
+        const int row = __shfl_sync(~0u, mine, slot);
+        if (row >= 0 && exists) p.planes[moe::ordered_place(at, row, p.rows)] = v;
     }
 }
 

@@ -16,8 +16,11 @@ pub(super) const TILE_BYTES: usize = 16;
 /// Threads of the plan's only block, and of a block of the sum.
 const PLAN_THREADS: u32 = 1024;
 const COMBINE_THREADS: usize = 256;
-/// Assignments that a block sorts.
-const PART: usize = 2048;
+/// Assignments that a block sorts alone, and with others at least. More blocks than `PARTS` read each other's counts for longer
+/// than they save.
+const ALONE: usize = 1024;
+const PART: usize = 512;
+const PARTS: usize = 64;
 const SPREAD_THREADS: usize = 256;
 /// Slots of the batched format that a block takes.
 const SPREAD_SLOTS: usize = 8;
@@ -150,9 +153,14 @@ pub(super) struct Plan {
     pub scratch: u64,
 }
 
+/// How many of so many assignments a block sorts.
+fn part(assignments: usize) -> usize {
+    if assignments <= ALONE { ALONE } else { assignments.div_ceil(PARTS).max(PART) }
+}
+
 /// Blocks that share the sorting of so many assignments.
 fn parts(assignments: usize) -> usize {
-    assignments.div_ceil(PART).max(1)
+    assignments.div_ceil(part(assignments)).max(1)
 }
 
 /// Bytes that the plan of so many assignments to so many local experts works with.
@@ -239,7 +247,6 @@ impl Permute {
             local_experts: c.local_experts as i32,
             tile: plan.tile as i32,
             max_tiles: plan.max_tiles as i32,
-            part: PART as i32,
             align: plan.align as i32,
             ..bytemuck::Zeroable::zeroed()
         };
@@ -257,7 +264,9 @@ impl Permute {
                 PlanParams { counts, max_tokens: max as i32, rows, assignments, rows_count, ..common }
             }
         };
-        let blocks = parts(params.assignments as usize);
+        let assignments = params.assignments as usize;
+        let params = PlanParams { part: part(assignments) as i32, ..params };
+        let blocks = parts(assignments);
         let launch = Launch::new(blocks as u32, PLAN_THREADS).overlap(true);
         // SAFETY: the parameter of both kernels; the rest is the caller's promise.
         unsafe {
@@ -388,6 +397,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn every_assignment_is_of_a_part(assignments in 0usize..1 << 20) {
+            let (part, parts) = (part(assignments), parts(assignments));
+            prop_assert!(part * parts >= assignments && part * (parts - 1) <= assignments && parts <= PARTS);
+            prop_assert_eq!(parts == 1, assignments <= ALONE);
+        }
+
         #[test]
         fn the_list_of_tiles_is_long_enough(counts in prop::collection::vec(0usize..300, 1..40), tile in 1usize..130) {
             let tiles: usize = counts.iter().map(|c| c.div_ceil(tile)).sum();

@@ -407,7 +407,7 @@ impl Wgmma {
             _ => (0, [0; 2]),
         };
         // SAFETY: the caller's promise; the parts have room for all rows. The first projection's scales, which the plan writes,
-        // lie behind its scratch: that is 4 KiB for 2048 rows, whose codes are 256 KiB at least.
+        // lie behind its scratch: that is 4 KiB for 512 rows, whose codes are 64 KiB at least.
         unsafe {
             let taken = at(parts.taken);
             let plan =
