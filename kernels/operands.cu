@@ -155,7 +155,7 @@ struct Rows {
         for (int s = 0; s < kSteps; s++) load(raw[s], first + s);
     }
 
-    // The scales of rows, by all of a block's warps.
+    // The scales of rows, by all of their warps.
     __device__ __forceinline__ void find_scales(uint32_t (&tops)[kWarps]) {
         uint32_t top[kSteps];
 #pragma unroll
@@ -173,10 +173,10 @@ struct Rows {
         if (p.row_bits < 2) all = __vmaxu2(all, __shfl_xor_sync(~0u, all, kLanes / 2));
         if (p.row_bits < 1) all = __vmaxu2(all, __shfl_xor_sync(~0u, all, kLanes / 4));
         if (p.warp_bits > 0) {
-            const int warp = threadIdx.x / 32;
+            const int warp = threadIdx.x / 32, row = warp >> p.warp_bits, first = row << p.warp_bits;
             if (lane == 0) tops[warp] = all;
-            __syncthreads();
-            const int first = warp >> p.warp_bits << p.warp_bits;
+            // Absent rows' warps are gone.
+            group_barrier(1 + row, 32 << p.warp_bits);
             for (int i = 0; i < 1 << p.warp_bits; i++) all = __vmaxu2(all, tops[first + i]);
         }
         found = found_scale<K>(one<T>(all));
@@ -247,8 +247,8 @@ struct Rows {
     // Places that the row goes to, by lanes, and how many.
     __device__ __forceinline__ int2 places() const {
         if (p.places == nullptr) return make_int2(source, 1);
-        const bool mine = present != 0 && lane < p.copies;
-        return make_int2(mine ? __ldcg(p.places + static_cast<int64_t>(source) * p.copies + lane) : -1, p.copies);
+        const int mine = lane < p.copies ? __ldcg(p.places + static_cast<int64_t>(source) * p.copies + lane) : -1;
+        return make_int2(mine, p.copies);
     }
 
     // Of a pair of steps a lane has 16 bytes of either; the rest of their place is the same for all pairs.
@@ -312,6 +312,7 @@ __device__ __forceinline__ void operands(const OperandsParams& p) {
         release_next_grid();
     }
     rows.find_present();
+    if (rows.present == 0) return;
     rows.load_all(0);
     if constexpr (K::kStored && !kByRow) rows.found = stored_scale(__ldcg(p.stored));
     if constexpr (R::kOfRow) rows.find_scales(tops);
