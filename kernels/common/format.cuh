@@ -133,9 +133,11 @@ struct CodesU4 {
     }
 };
 
-// e2m1: four codes in either half of a word, laid so that three of them need one shift and one mask: sign and three
-// bits of code i at 15, 8..6 (i = 0); 5', 14..12 (1); 11, 4..2 (2); 1', 10, 9, 0 (3), where ' means the other half. As
-// bits of bf16 that is the value times 2^-126; moved by three places, in f16, times 2^-14.
+// e2m1: four codes in either half of a word, as bits of a 16-bit number whose other bits are masked off: the value times
+// 2^-126 in bf16, times 2^-14 in f16. Masks and rotations cost most, shifts to the left go another way through the GPU: no
+// other places need so few of the former. Sign and three bits of code i are at
+//   bf16  15, 8..6 (i = 0); 5', 14..12 (1); 9, 2..0 (2); 3', 4, 11, 10 (3), where ' means the other half
+//   f16   15, 11..9; 12, 8..6; 13, 5..3; 14, 2..0
 template <class C>
 struct CodesE2m1 {
     static constexpr bool kHalves = false;
@@ -143,15 +145,20 @@ struct CodesE2m1 {
     static constexpr int kWords = 1;
     static constexpr float kOffset = 0.f;
     static constexpr bool kLift = C::kBf16;
-    static __device__ __forceinline__ uint32_t placed(uint32_t v) {
-        return C::kBf16 ? v : and_or(v << 3, 0x0e000e00u, v & 0x80008000u);
-    }
     static __device__ __forceinline__ void step(const uint4 (&w)[kWords], int s, uint32_t (&a)[4]) {
-        uint32_t v = word(w[0], s);
-        a[0] = placed(v & 0x81c081c0u);
-        a[1] = placed(__funnelshift_r(v, v, 6) & 0x81c081c0u);
-        a[2] = placed((v << 4) & 0x81c081c0u);
-        a[3] = placed(and_or(v << 6, 0x00400040u, __funnelshift_r(v, v, 2) & 0x81808180u));
+        const uint32_t v = word(w[0], s);
+        if constexpr (C::kBf16) {
+            const uint32_t turned = __funnelshift_r(v, v, 6);
+            a[0] = v & 0x81c081c0u;
+            a[1] = turned & 0x81c081c0u;
+            a[2] = (v << 6) & 0x81c081c0u;
+            a[3] = and_or(turned << 2, 0x80c080c0u, (v << 4) & 0x01000100u);
+        } else {
+            a[0] = v & 0x8e008e00u;
+            a[1] = (v << 3) & 0x8e008e00u;
+            a[2] = and_or(v << 6, 0x0e000e00u, (v << 2) & 0x80008000u);
+            a[3] = and_or(v << 9, 0x0e000e00u, (v << 1) & 0x80008000u);
+        }
     }
 };
 

@@ -57,7 +57,7 @@ fn block(format: Format, rows: &Rows<'_>, start: usize, out: &mut [u8]) {
                     let mut word = 0;
                     for i in 0..4 {
                         for half in 0..2 {
-                            word |= nibble(format.codes, i, code(i, half)).rotate_left(16 * half as u32);
+                            word |= nibble(format, i, code(i, half)).rotate_left(16 * half as u32);
                         }
                     }
                     out[at(0, 4 * step)..][..4].copy_from_slice(&word.to_le_bytes());
@@ -68,17 +68,19 @@ fn block(format: Format, rows: &Rows<'_>, start: usize, out: &mut [u8]) {
 }
 
 /// A 4-bit code where register `i` looks for it: its 16 bits, and some of the other half's above them.
-fn nibble(codes: Codes, i: usize, code: u16) -> u32 {
+fn nibble(format: Format, i: usize, code: u16) -> u32 {
     let code = u32::from(code);
-    if codes == Codes::U4 {
+    if format.codes == Codes::U4 {
         return code << (4 * i);
     }
     let (sign, rest) = (code >> 3, code & 7);
-    match i {
-        0 => sign << 15 | rest << 6,
-        1 => sign << 21 | rest << 12,
-        2 => sign << 11 | rest << 2,
-        _ => sign << 17 | (rest >> 1) << 9 | rest & 1,
+    match (format.compute, i) {
+        (Compute::Bf16, 0) => sign << 15 | rest << 6,
+        (Compute::Bf16, 1) => sign << 21 | rest << 12,
+        (Compute::Bf16, 2) => sign << 9 | rest,
+        (Compute::Bf16, _) => sign << 19 | (rest >> 2) << 4 | (rest & 3) << 10,
+        (Compute::F16, 0) => sign << 15 | rest << 9,
+        (Compute::F16, i) => sign << (11 + i) | rest << (9 - 3 * i),
     }
 }
 

@@ -75,13 +75,27 @@ fn unpack(p: &PackedProjection, format: Format, slab: usize, row: usize, column:
         Codes::U4 => bf16(bits16(word(at(0, 4 * step)) >> (4 * register) & 0x000f_000f | 0x4300_4300)) - 128.0,
         Codes::E2m1 => {
             let v = word(at(0, 4 * step));
-            let v = match register {
-                0 => v & 0x81c0_81c0,
-                1 => v.rotate_right(6) & 0x81c0_81c0,
-                2 => v << 4 & 0x81c0_81c0,
-                _ => v.rotate_right(2) & 0x8180_8180 | v << 6 & 0x0040_0040,
-            };
-            bf16(bits16(v)) * 2f64.powi(126)
+            let turned = v.rotate_right(6);
+            match format.compute {
+                Compute::Bf16 => {
+                    let v = match register {
+                        0 => v & 0x81c0_81c0,
+                        1 => turned & 0x81c0_81c0,
+                        2 => v << 6 & 0x81c0_81c0,
+                        _ => turned << 2 & 0x80c0_80c0 | v << 4 & 0x0100_0100,
+                    };
+                    bf16(bits16(v)) * 2f64.powi(126)
+                }
+                Compute::F16 => {
+                    let v = match register {
+                        0 => v & 0x8e00_8e00,
+                        1 => v << 3 & 0x8e00_8e00,
+                        2 => v << 6 & 0x0e00_0e00 | v << 2 & 0x8000_8000,
+                        _ => v << 9 & 0x0e00_0e00 | v << 1 & 0x8000_8000,
+                    };
+                    f64::from(half::f16::from_bits(bits16(v)).to_f32()) * 2f64.powi(14)
+                }
+            }
         }
     };
     let scales = &data[blocks * format.block_bytes() + g * 4 * format.scales.registers()..];
@@ -115,6 +129,21 @@ fn check(
     want: Codes,
     sizes: (usize, usize),
 ) {
+    check_for(InputType::Bf16, elem, &scales, gated, want, sizes);
+    // Whose codes lie elsewhere.
+    if want == Codes::E2m1 {
+        check_for(InputType::F16, elem, &scales, gated, want, sizes);
+    }
+}
+
+fn check_for(
+    input: InputType,
+    elem: WeightElem,
+    scales: &impl Fn(usize, usize, u64) -> Scales,
+    gated: bool,
+    want: Codes,
+    sizes: (usize, usize),
+) {
     let (hidden, intermediate) = sizes;
     let m = |rows, cols, seed| matrix(elem, rows, cols, scales(rows, cols, seed), seed);
     let expert = ExpertWeights {
@@ -130,7 +159,7 @@ fn check(
     let experts = vec![expert.clone(), expert];
     let weights = MoeWeights { scheme: crate::scheme::Scheme::Int8, weight_key: None, activation_key: None, experts };
     let activation = if gated { Activation::SILU } else { Activation::Relu2NoMul };
-    let config = MoeConfig { activation, input: InputType::Bf16, ..MoeConfig::new(2, 1, hidden, intermediate) };
+    let config = MoeConfig { activation, input, ..MoeConfig::new(2, 1, hidden, intermediate) };
     let packed = PackedExperts::new(&weights, &config).unwrap();
     assert_eq!(packed.format.codes, want);
     let e = &weights.experts[1];
