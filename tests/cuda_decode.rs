@@ -114,9 +114,10 @@ fn clusters_share_the_output() {
     let Some(stream) = gpu::stream() else { return };
     let odd = config(6, 4, 2880, 416);
     let odd = MoeConfig { activation: Activation::SWIGLU_OAI, bias: true, ..odd };
+    let alone = MoeConfig { batch_invariant: true, ..odd };
     let wide = config(4, 2, 256, 14336);
     for (n, alias) in ["Mxfp4W4A16", "Nvfp4W4A16", "Mxfp8W8A16", "Int4G32"].into_iter().enumerate() {
-        for (config, counts) in [(odd, &[2, 4, 5, 8][..]), (wide, &[3, 4, 8])] {
+        for (config, counts) in [(odd, &[1, 2, 4, 5, 8][..]), (alone, &[3]), (wide, &[3, 4, 8])] {
             let mut rng = Rng(9000 + n as u64);
             let layer = weights::layer(&mut rng, oracle(alias), config);
             for &tokens in counts {

@@ -437,30 +437,32 @@ struct Ring {
     template <bool kOne, class X>
     __device__ __forceinline__ void turn(const Matrix& m, int chunk, X& tokens, int lane, float (&acc)[4]) const {
         tokens.load(chunk, lane & 3);
+        int blocks = m.blocks - 2 * kStages * chunk;  // that are left
         wait();
-        const uint32_t at = base + place * kPlace;
+        uint32_t at = base + place * kPlace;
         // Prepared tokens want no registers of their own, so that the code can be short: what a kernel runs for the first
         // time comes slowly.
 #pragma unroll(X::kPrepared ? 1 : kStages)
         for (int f = 0; f < kStages; f++) {
-            const int stage = chunk * kStages + f, blocks = m.blocks - 2 * stage;
+            const int stage = chunk * kStages + f;
             if constexpr (X::kDigits) {
                 if (blocks >= 2) {
-                    multiply_digits<2>(at + f * Bytes::kAll, m, tokens, stage, lane, acc);
+                    multiply_digits<2>(at, m, tokens, stage, lane, acc);
                 } else if (blocks == 1) {
-                    multiply_digits<1>(at + f * Bytes::kAll, m, tokens, stage, lane, acc);
+                    multiply_digits<1>(at, m, tokens, stage, lane, acc);
                 }
             } else if constexpr (X::kApart) {
                 if (blocks >= 2) {
-                    multiply_apart<2>(at + f * Bytes::kAll, tokens, stage, lane, acc);
+                    multiply_apart<2>(at, tokens, stage, lane, acc);
                 } else if (blocks == 1) {
-                    multiply_apart<1>(at + f * Bytes::kAll, tokens, stage, lane, acc);
+                    multiply_apart<1>(at, tokens, stage, lane, acc);
                 }
             } else if (blocks >= 2) {
-                multiply<kOne, 2>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);
+                multiply<kOne, 2>(at, m, tokens, stage, f, lane, acc);
             } else if (blocks == 1) {
-                multiply<kOne, 1>(at + f * Bytes::kAll, m, tokens, stage, f, lane, acc);
+                multiply<kOne, 1>(at, m, tokens, stage, f, lane, acc);
             }
+            at += Bytes::kAll, blocks -= 2;
         }
     }
 

@@ -190,24 +190,27 @@ __device__ __forceinline__ void first(const DecodeParams& p) {
         if (p.first_split > 0) parts.add(group, i, mine, lane, acc);
         if (!mine) continue;
 
-#pragma unroll
-        for (int j = 0; j < (kOne ? 1 : 2); j++) {
+        // The functions are much code: one place for both columns and either kind.
+        const bool gates = gated(p.activation);
+#pragma unroll 1
+        for (int j = 0; j < (kOne ? 1 : 2); j++, acc[0] = acc[1], acc[2] = acc[3]) {
             // Rows g (of gate) and g + 8 (of up) of column 2 t + j.
             const int c = 2 * t + j;
             if (kOne ? t > 0 : !jobs.has(unit.job, c)) continue;
             const int pair = kOne ? jobs.slot[unit.job][0] : c * p.topk + jobs.slot[unit.job][c];
             const float weight = batched ? 1.f : jobs.weight[pair];
-            float a = acc[j] * factor[0], b = acc[2 + j] * factor[1];
+            float a = acc[0] * factor[0], b = acc[2] * factor[1];
             if (p.weight_on_input) a *= weight, b *= weight;
             a += bias[0], b += bias[1];
             const float by = (p.weight_on_input ? 1.f : weight) * (Q::kLift ? 0x1p80f : 1.f);
             const long long row = batched ? (long long)blockIdx.y * p.max_tokens + start + c : pair;
-            C::T* middle = p.middle + row * p.middle_stride + g;
-            if (gated(p.activation)) {
-                middle[unit.slab * 8] = C::between(apply(p.activation, a, b) * by);
-            } else {
-                middle[unit.slab * 16] = C::between(apply(p.activation, 0.f, a) * by);
-                middle[unit.slab * 16 + 8] = C::between(apply(p.activation, 0.f, b) * by);
+            C::T* middle = p.middle + row * p.middle_stride + g + unit.slab * (gates ? 8 : 16);
+            float gate = gates ? a : 0.f, up = gates ? b : a;
+#pragma unroll 1
+            for (int i = 0; i < (gates ? 1 : 2); i++, up = b) {
+                // Else what depends on it in any of the functions is reckoned before the loop.
+                asm volatile("" : "+f"(gate));
+                middle[8 * i] = C::between(apply(p.activation, gate, up) * by);
             }
         }
     }
