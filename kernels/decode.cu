@@ -48,3 +48,10 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     moe::second<moe::Mode::kNear, true>(p);
 #endif
 }
+// The same of a lone token; grid (as above, tokens). Only e2m1's wins by it.
+extern "C" __global__ void __launch_bounds__(512, kBlocksOne)
+    moe_decode_second_lone(const __grid_constant__ moe::DecodeParams p) {
+#if MOE_BULK
+    if constexpr (moe::Q::kWords == 1 && !moe::Q::kDigits) moe::second<moe::Mode::kOne, true>(p);
+#endif
+}

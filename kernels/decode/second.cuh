@@ -22,7 +22,7 @@ template <Mode kMode, bool kShared>
 __device__ __forceinline__ void second(const DecodeParams& p) {
     constexpr bool kOne = kMode == Mode::kOne, kFar = kMode == Mode::kFar, kDigits = kOne && Q::kDigits;
     constexpr bool kApart = kOne && kGroupsApart<S>;
-    static_assert(!kShared || kMode == Mode::kNear, "");
+    static_assert(!kShared || (!kFar && !kDigits), "");
     __shared__ Jobs<kOne> jobs;
     __shared__ __align__(16) uint32_t zeros[kApart ? 32 : 1];
     if (kApart && threadIdx.x < 32) zeros[threadIdx.x] = 0;
@@ -171,6 +171,7 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
                     ring.leave(fetch_next);
                 }
             };
+            const int ahead = 2 * skipped;  // as if the columns before the block's were there
             auto row = [&](int c) { return kOne ? (int)jobs.slot[job][0] : c * slots + jobs.slot[job][c]; };
             if constexpr (kFar) {
                 const C::T* from = jobs.has(job, g) ? middle + (long long)row(g) * length : nullptr;
@@ -181,11 +182,10 @@ __device__ __forceinline__ void second(const DecodeParams& p) {
                 run(tokens);
             } else if constexpr (kApart) {
                 const uint32_t zero = static_cast<uint32_t>(__cvta_generic_to_shared(zeros));
-                ApartTokens tokens(rows.row(row(0)), rows.row(0), zero, lane);
+                ApartTokens tokens(rows.row(row(0)) - ahead, rows.row(0), zero, lane);
                 run(tokens);
             } else {
-                // As if the columns before the block's were there.
-                const int ahead = 2 * skipped, sums_ahead = begin * kSecondStages * SecondRows<kMode>::kGroups * 4;
+                const int sums_ahead = begin * kSecondStages * SecondRows<kMode>::kGroups * 4;
                 auto column = [&](int c) { return kOne || jobs.has(job, c) ? row(c) : row(jobs.lead[job]); };
                 auto sums_of = [&](int c) { return rows.sums(column(c)) - sums_ahead; };
                 NearTokens<S> tokens{rows.row(column(g)) - ahead, {sums_of(2 * t), sums_of(2 * t + 1)}};

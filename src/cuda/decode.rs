@@ -75,8 +75,8 @@ struct Kernels {
     one: Kernel,
     near: Kernel,
     far: Kernel,
-    /// Of the second one, where there are clusters.
-    shared: Option<Kernel>,
+    /// Of the second one, where there are clusters: of several tokens, of a lone one.
+    shared: Option<[Kernel; 2]>,
 }
 
 impl Decode {
@@ -132,7 +132,11 @@ impl Decode {
             one: load("moe_decode_second_one", near)?,
             near: load("moe_decode_second_near", near)?,
             far: load("moe_decode_second_far", far)?,
-            shared: clusters.then(|| load("moe_decode_second_shared", near)).transpose()?,
+            shared: if clusters {
+                Some([load("moe_decode_second_shared", near)?, load("moe_decode_second_lone", near)?])
+            } else {
+                None
+            },
         };
         Ok(Self {
             first: Projection::new(stream, &packed.first, packed.format)?,
@@ -286,8 +290,8 @@ impl Kernels {
     /// The entry for a shape; `lone` if there is one token only.
     fn of(&self, shape: &Shape, lone: bool) -> &Kernel {
         match (shape.near, lone, &self.shared) {
+            (true, _, Some(shared)) if shape.sharing.is_some() => &shared[usize::from(lone)],
             (true, true, _) => &self.one,
-            (true, false, Some(shared)) if shape.sharing.is_some() => shared,
             (true, false, _) => &self.near,
             (false, _, _) => &self.far,
         }

@@ -263,7 +263,7 @@ impl Sizes {
             n if n > 2 * gpu.multiprocessors && short => 4,
             _ => 2,
         };
-        let sharing = if place == Place::Near { self.sharing(gpu, tokens, groups) } else { None };
+        let sharing = self.sharing(gpu, place, tokens, groups);
         if sharing.is_some() {
             return sharing;
         }
@@ -287,18 +287,23 @@ impl Sizes {
         )
     }
 
-    /// Clusters of two for several tokens, where a block to one or two slabs leaves multiprocessors idle, or where four-bit
-    /// codes' rows do not fit beside full rings (wider ones lose nothing by rows in L2).
-    fn sharing(&self, gpu: Limits, tokens: usize, groups: usize) -> Option<Shape> {
+    /// Clusters of two, where a block to one or two slabs leaves multiprocessors idle, or where four-bit codes' rows of several
+    /// tokens do not fit beside full rings (wider ones lose nothing by rows in L2). A lone token's only for e2m1.
+    fn sharing(&self, gpu: Limits, place: Place, tokens: usize, groups: usize) -> Option<Shape> {
         let parts = 1;
         let words = self.format.codes.words();
         let chunks = self.second_blocks.div_ceil(2 * second_stages(self.format));
-        if !gpu.clusters || words > 2 || chunks < 1 << parts {
+        let has_kernel = match place {
+            Place::One => self.format.codes == Codes::E2m1,
+            Place::Near => words <= 2,
+            Place::Far => false,
+        };
+        if !gpu.clusters || !has_kernel || chunks < 1 << parts {
             return None;
         }
         let idle = groups == 2 && self.second_slabs.div_ceil(groups) * 4 < gpu.multiprocessors * 3;
-        let alone = self.second_shared(Place::Near, tokens, WARPS, 2, (WARPS / groups).ilog2());
-        let crowded = words == 1 && alone + STATIC_SHARED > gpu.shared;
+        let alone = self.second_shared(place, tokens, WARPS, 2, (WARPS / groups).ilog2());
+        let crowded = place == Place::Near && words == 1 && alone + STATIC_SHARED > gpu.shared;
         if !idle && !crowded {
             return None;
         }

@@ -102,8 +102,9 @@ fn clusters_where_multiprocessors_would_be_idle_or_rows_have_no_room() {
     let (mxfp4, nvfp4) = ((Codes::E2m1, StageScales::E8m0), (Codes::E2m1, StageScales::E4m3));
     let (mxfp8, fp8) = ((Codes::E4m3, StageScales::E8m0), (Codes::E4m3, StageScales::F32(1)));
     // 180 slabs: three to two blocks, 120 of them.
+    assert_eq!((sharing(mxfp4, gpt_oss, 1), sharing(nvfp4, gpt_oss, 1)), (Some((3, 1, 2)), Some((3, 1, 2))));
+    assert_eq!((sharing(mxfp8, gpt_oss, 1), sharing(INT4, gpt_oss, 1)), (None, None));
     for format in [mxfp4, nvfp4, mxfp8] {
-        assert_eq!(sharing(format, gpt_oss, 1), None);
         for tokens in [2, 4, 8] {
             assert_eq!(sharing(format, gpt_oss, tokens), Some((3, 1, 2)));
         }
