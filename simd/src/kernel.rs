@@ -17,7 +17,7 @@ pub(crate) const PREFETCH: usize = 7680;
 
 /// The same for a lone token whose weights take few. The processor looks far enough by itself; but then its own prefetcher,
 /// which sees lines in the order in which they are used, keeps ahead of it.
-pub(crate) const NEAR: usize = 256;
+pub(crate) const NEAR: usize = 64;
 
 /// Panels times `x[0 .. tokens]`.
 pub struct Job<'a> {
@@ -63,10 +63,12 @@ pub type PanelFn = unsafe fn(&mut Job<'_>);
 /// The processor has the function's instruction set.
 pub type FormFn = unsafe fn(&[f32], Option<&[u32]>, &Shape, &mut [f32]);
 
+/// Applies the activation to panels of `tokens` rows of gate, where it takes one, and as many of up, which become its results.
+///
 /// # Safety
 ///
 /// The processor has the function's instruction set.
-pub type ActivateFn = unsafe fn(Activation, &[f32; PANEL], &[f32; PANEL], &mut [f32; PANEL]);
+pub type ActivateFn = unsafe fn(Activation, usize, &mut [[f32; PANEL]]);
 
 macro_rules! entries {
     ($module:ident, $isa:ty $(, $feature:literal)?) => {
@@ -133,13 +135,15 @@ macro_rules! entries {
             }
 
             $(#[target_feature(enable = $feature)])?
-            pub(super) unsafe fn activate(
-                a: Activation,
-                gate: &[f32; PANEL],
-                up: &[f32; PANEL],
-                out: &mut [f32; PANEL],
-            ) {
-                math::activate(a, gate, up, out)
+            pub(super) unsafe fn activate(a: Activation, tokens: usize, sums: &mut [[f32; PANEL]]) {
+                let gates = if a.gated() { tokens } else { 0 };
+                for sums in sums.chunks_exact_mut(gates + tokens) {
+                    let (gate, up) = sums.split_at_mut(gates);
+                    for (i, up) in up.iter_mut().enumerate() {
+                        let x = *up;
+                        math::activate(a, gate.get(i).unwrap_or(&x), &x, up);
+                    }
+                }
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -236,6 +240,15 @@ mod on_avx512_bf16 {
         }
     }
 
+    #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn bytes<F: Bytes>(job: &mut Job<'_>) {
+        let panels = job.panels();
+        for i in 0..panels {
+            dot::panel::<Avx512, F, 1>(&mut job.one(panels, i))
+        }
+    }
+
     pub(super) fn kernel(shape: &Shape) -> PanelFn {
         match shape.code {
             Code::Bf16 if shape.pairs => dots::<format::Bf16>,
@@ -243,6 +256,7 @@ mod on_avx512_bf16 {
             Code::E2m1 if shape.pairs => dots::<format::E2m1>,
             Code::U4 if shape.pairs => dots::<format::U4>,
             Code::E2m1 if shape.rounding == Rounding::None => nibbles::<format::E2m1>,
+            Code::E2m1 => bytes::<format::E2m1>,
             _ => below::kernel(shape),
         }
     }

@@ -49,6 +49,8 @@ pub(crate) fn row<F: Pairs>(x: &[f32], order: Option<&[u32]>, group: usize, out:
             let columns = at..end.min(at + F::STEP);
             let mut values = [0f32; 8];
             match order {
+                // Without this a step's few columns are copied by a call.
+                None if columns.len() == F::STEP => values[..F::STEP].copy_from_slice(&x[columns]),
                 None => values.iter_mut().zip(&x[columns]).for_each(|(v, x)| *v = *x),
                 Some(order) => values.iter_mut().zip(&order[columns]).for_each(|(v, c)| *v = x[*c as usize]),
             }

@@ -16,6 +16,9 @@ struct Parts<'a> {
     slots: &'a mut [u32],
 }
 
+/// Columns that are added up together.
+const COLUMNS: usize = 32;
+
 /// Marks a slot of a token whose expert is not here.
 const ABSENT: u32 = u32::MAX;
 
@@ -152,15 +155,23 @@ impl<X: Experts> MoeKernel<Standard, X> {
         let (h, k) = (self.config.hidden, self.config.topk);
         let row = &mut parts.row[..h];
         for t in 0..tokens {
-            row.fill(0.0);
-            let slots = t * k..(t + 1) * k;
-            for (slot, weight) in slots.clone().zip(&weights[slots]) {
-                if parts.slots[slot] == ABSENT {
-                    continue;
+            let (slots, weights) = (&parts.slots[t * k..][..k], &weights[t * k..][..k]);
+            let sum = |at: usize, sums: &mut [f32]| {
+                sums.fill(0.0);
+                for (i, weight) in weights.iter().enumerate().filter(|(i, _)| slots[*i] != ABSENT) {
+                    let w = if self.config.weight_on_input { 1.0 } else { *weight };
+                    let y = &parts.y[(t * k + i) * h + at..][..sums.len()];
+                    sums.iter_mut().zip(y).for_each(|(sum, y)| *sum += w * y);
                 }
-                let w = if self.config.weight_on_input { 1.0 } else { *weight };
-                row.iter_mut().zip(&parts.y[slot * h..][..h]).for_each(|(r, y)| *r += w * y);
+            };
+            // Few columns at a time, as many as stay in registers.
+            let (some, rest) = row.as_chunks_mut::<COLUMNS>();
+            for (i, row) in some.iter_mut().enumerate() {
+                let mut sums = [0f32; COLUMNS];
+                sum(i * COLUMNS, &mut sums);
+                *row = sums;
             }
+            sum(h - rest.len(), rest);
             output.narrow(start + t, row);
         }
     }

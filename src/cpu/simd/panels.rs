@@ -6,6 +6,7 @@ use super::{Projection, SimdExperts};
 use crate::cpu::{Experts, ExpertsCall, Segment};
 use moe_oracle_simd::format::PANEL;
 use moe_oracle_simd::kernel::CHUNK;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Panels of a matrix that a task takes at most.
@@ -13,6 +14,18 @@ pub(super) const PANELS: usize = 8;
 
 /// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least.
 const ROWS: usize = 4 * CHUNK;
+
+/// A call's room for results, on the stack.
+type Room = [MaybeUninit<[f32; PANEL]>; ROWS];
+
+/// What the calls of a task need of it at most, zeroed; all of it would take as long as a lone token's panels of 4 bits do.
+fn zeros<'a>(room: &'a mut Room, segment: &Segment, panels: &Range<usize>, each: usize) -> &'a mut [[f32; PANEL]] {
+    let most = ROWS.min(each * panels.len() * CHUNK.min(segment.len as usize));
+    let room = &mut room[..most];
+    room.iter_mut().for_each(|row| *row = MaybeUninit::new([0.0; PANEL]));
+    // SAFETY: all of these rows were written just now.
+    unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast(), most) }
+}
 
 /// Parts of some panels times the tokens of a segment, whose results, `each` rows for a token and a panel, have room.
 fn parts(segment: &Segment, panels: Range<usize>, each: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
@@ -40,7 +53,8 @@ impl SimdExperts {
         let orders = &self.orders[expert];
         // Gate and up panels alternate.
         let each = if self.gate.is_some() { 2 } else { 1 };
-        let mut room = [[0f32; PANEL]; ROWS];
+        let mut room = [MaybeUninit::uninit(); ROWS];
+        let room = zeros(&mut room, segment, &panels, each);
         for (tokens, panels) in parts(segment, panels, each) {
             let n = tokens.len();
             let input = |p: &Projection, order: &Option<Vec<u32>>, from: Scratch| {
@@ -65,13 +79,11 @@ impl SimdExperts {
                 // SAFETY: as above; gate, where there is one, has up's shape and reads what up reads.
                 _ => unsafe { multiply(&self.up, bytes, &x[..n], sums) },
             }
+            // SAFETY: `new` checked the instruction set, and that there is a gate where the activation takes one.
+            unsafe { (self.activate)(self.activation, n, sums) };
             for (panel, sums) in panels.zip(sums.chunks_exact(each * n)) {
-                let (gate, up) = sums.split_at((each - 1) * n);
-                for (i, up) in up.iter().enumerate() {
-                    let mut mid = [0f32; PANEL];
-                    // SAFETY: `new` checked the instruction set.
-                    unsafe { (self.activate)(self.activation, gate.get(i).unwrap_or(&[0f32; PANEL]), up, &mut mid) };
-                    self.write_mid(&mid, panel, orders.down.as_deref(), to.mid.row(tokens.start + i));
+                for (a, mid) in tokens.clone().zip(&sums[(each - 1) * n..]) {
+                    self.write_mid(mid, panel, orders.down.as_deref(), to.mid.row(a));
                 }
             }
         }
@@ -87,7 +99,8 @@ impl SimdExperts {
         output: Shared,
     ) {
         let (hidden, mid) = (self.hidden(), self.formed_mid(from));
-        let mut room = [[0f32; PANEL]; ROWS];
+        let mut room = [MaybeUninit::uninit(); ROWS];
+        let room = zeros(&mut room, segment, &panels, 1);
         for (tokens, panels) in parts(segment, panels, 1) {
             let n = tokens.len();
             let x = rows(tokens.clone(), |a| mid.row(a).cast_const());

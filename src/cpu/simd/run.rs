@@ -10,7 +10,7 @@ use crate::platform::CpuIsa;
 use moe_oracle_simd::format::{Form, PANEL};
 use moe_oracle_simd::kernel::Job;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Memory that tasks write at places that differ from task to task.
 #[derive(Clone, Copy)]
@@ -39,6 +39,11 @@ pub(super) struct Scratch {
 impl Scratch {
     pub(super) fn row(self, assignment: usize) -> *mut f32 {
         self.rows.0.wrapping_add(assignment * self.stride)
+    }
+
+    /// The same rows for assignments from `first` on.
+    fn from(self, first: usize) -> Self {
+        Self { rows: Shared(self.rows.0.wrapping_sub(first * self.stride)), ..self }
     }
 }
 
@@ -191,19 +196,34 @@ impl SimdExperts {
 
     /// Writes the activation's results of a panel to an assignment's row.
     pub(super) fn write_mid(&self, mid: &[f32; PANEL], panel: usize, order: Option<&[u32]>, row: *mut f32) {
-        let rows = PANEL.min(self.intermediate() - panel * PANEL);
-        for (j, value) in mid[..rows].iter().enumerate() {
-            let column = panel * PANEL + j;
-            let column = order.map_or(column, |order| order[column] as usize);
-            // SAFETY: the column is below I (`order` is a permutation of 0..I), the row one of scratch. No other task has
-            // both this assignment and this panel, and a permutation sends other panels' elements elsewhere.
-            unsafe { row.add(column).write(*value) };
+        let start = panel * PANEL;
+        let mid = &mid[..PANEL.min(self.intermediate() - start)];
+        let Some(order) = order else {
+            // SAFETY: the panel's rows are columns below I of a row of scratch. No other task has both this assignment and this
+            // panel.
+            return unsafe { copy(mid, row.add(start)) };
+        };
+        for (value, column) in mid.iter().zip(&order[start..]) {
+            // SAFETY: as above, `order` being a permutation of 0..I, which sends other panels' elements elsewhere.
+            unsafe { row.add(*column as usize).write(*value) };
         }
+    }
+
+    /// All that an expert does, by one thread: its memory is one stretch, from gate's first panel to down's last, and what lies
+    /// in scratch between them is still in the cache.
+    fn expert(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
+        let start = segment.start as usize;
+        let parts = Parts { mid: parts.mid.from(start), formed_mid: parts.formed_mid.from(start), ..*parts };
+        some_at_a_time(self.up.shape.panels(), |panels| self.first(call, segment, panels, &parts));
+        if parts.formed_mid.stride > 0 {
+            (start..start + segment.len as usize).for_each(|a| self.form_mid(a, &parts));
+        }
+        some_at_a_time(self.down.shape.panels(), |panels| self.second(call, segment, panels, &parts, output));
     }
 
     /// Brings the activation's results of an assignment into the form that down reads.
     fn form_mid(&self, a: usize, parts: &Parts) {
-        // SAFETY: the first phase wrote all I elements of this row of scratch and nobody writes them in this one.
+        // SAFETY: first projections wrote all I elements of this row of scratch before, and nobody writes them now.
         let mid = unsafe { std::slice::from_raw_parts(parts.mid.row(a), self.intermediate()) };
         // SAFETY: as in `prepare`; no other task has this assignment.
         let row = unsafe { std::slice::from_raw_parts_mut(parts.formed_mid.row(a), parts.formed_mid.stride) };
@@ -212,12 +232,31 @@ impl SimdExperts {
     }
 }
 
+/// # Safety
+///
+/// `to` can be written for as many elements.
+unsafe fn copy(from: &[f32], to: *mut f32) {
+    match <&[f32; PANEL]>::try_from(from) {
+        // By a few instructions instead of a call.
+        // SAFETY: as the caller promises.
+        Ok(whole) => unsafe { to.cast::<[f32; PANEL]>().write_unaligned(*whole) },
+        // SAFETY: as the caller promises.
+        Err(_) => unsafe { to.copy_from_nonoverlapping(from.as_ptr(), from.len()) },
+    }
+}
+
 /// Writes part of a row of the output.
 pub(super) fn write_row(to: *mut f32, values: &[f32]) {
-    for (j, value) in values.iter().enumerate() {
+    // Two at a time where they may be, which is the same for all that write there.
+    let two = if to.cast::<AtomicU64>().is_aligned() { values.as_chunks::<2>().0 } else { &[] };
+    for (j, values) in two.iter().enumerate() {
         // SAFETY: `check` saw that the output has this row, and callers end row and panel within H. During this phase the
         // output is only touched by these atomic stores, so that even a call that breaks the contract by naming an output
-        // row twice gets one result or the other, not a data race. f32 and AtomicU32 have the same size and alignment.
+        // row twice gets one result or the other, not a data race. The address is aligned for AtomicU64, two f32 long.
+        unsafe { AtomicU64::from_ptr(to.add(2 * j).cast()) }.store(bytemuck::cast(*values), Ordering::Relaxed);
+    }
+    for (j, value) in values.iter().enumerate().skip(2 * two.len()) {
+        // SAFETY: as above. f32 and AtomicU32 have the same size and alignment.
         unsafe { AtomicU32::from_ptr(to.add(j).cast()) }.store(value.to_bits(), Ordering::Relaxed);
     }
 }
@@ -244,6 +283,11 @@ fn tasks(call: &ExpertsCall<'_>, panels: usize, pool: &dyn Executor, task: &(dyn
     });
 }
 
+/// Runs `task` for so many panels, [`PANELS`] at a time.
+fn some_at_a_time(panels: usize, task: impl Fn(Range<usize>)) {
+    (0..panels).step_by(PANELS).for_each(|start| task(start..panels.min(start + PANELS)));
+}
+
 /// # Panics
 ///
 /// `run` panics if the call's rows lie beyond `input`, `output` or `scratch`, if a segment names an expert that does
@@ -265,6 +309,11 @@ impl Experts for SimdExperts {
         if parts.up.stride + parts.gate.stride > 0 {
             let inputs = self.common_rows(&call).unwrap_or(n);
             rows(inputs, self.hidden(), &|i| self.prepare(&call, i, &parts));
+        }
+        if pool.threads() == 1 {
+            // One task, for what is in scratch is each expert's in turn.
+            return pool
+                .run(1, &|_| call.segments.iter().for_each(|segment| self.expert(&call, segment, &parts, output)));
         }
         tasks(&call, self.up.shape.panels(), pool, &|segment, panels| self.first(&call, segment, panels, &parts));
         if parts.formed_mid.stride > 0 {
