@@ -13,7 +13,7 @@ use crate::fixed::{PARTS, WIDE_HEAD};
 use crate::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
 use crate::int8::{BLOCK, HEAD, bias};
 use crate::isa::Isa;
-use crate::kernel::{Job, NEAR, PREFETCH};
+use crate::kernel::{Job, NEAR, PREFETCH, finish};
 
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
@@ -148,14 +148,8 @@ unsafe fn tile<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize>
         k += len;
     }
     for v in 0..V {
-        let at = row + v * I::LANES;
-        let factor = I::load(base.cast::<f32>().add(at));
         for m in 0..M {
-            let mut y = I::mul(acc[m][v], factor);
-            if shape.bias {
-                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
-            }
-            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+            finish::<I>(shape, base, row + v * I::LANES, acc[m][v], &mut job.out[t + m]);
         }
     }
 }

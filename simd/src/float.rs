@@ -5,7 +5,7 @@
 
 use crate::format::{Format, GroupScale, PANEL, STEP_BYTES};
 use crate::isa::Isa;
-use crate::kernel::{Job, PREFETCH};
+use crate::kernel::{Job, PREFETCH, finish};
 use crate::scaled;
 use std::ops::Range;
 
@@ -81,15 +81,9 @@ unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<
         }
     }
     for v in 0..V {
-        let at = row + v * I::LANES;
-        let factor = I::load(base.cast::<f32>().add(at));
         for m in 0..M {
             let y = if F::SCALED { I::mul(acc[m][v], I::splat(heads[m])) } else { acc[m][v] };
-            let mut y = I::mul(y, factor);
-            if shape.bias {
-                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
-            }
-            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+            finish::<I>(shape, base, row + v * I::LANES, y, &mut job.out[t + m]);
         }
     }
 }

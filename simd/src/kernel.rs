@@ -4,6 +4,7 @@
 use crate::Activation;
 use crate::CpuIsa;
 use crate::format::{self, Bytes, Code, Form, Format, Nibbles, PANEL, Shape};
+use crate::isa::Isa;
 use crate::isa::portable::Portable;
 use crate::{Rounding, dot, fixed, float, int8, math, nibble, scaled};
 
@@ -15,8 +16,8 @@ pub const CHUNK: usize = 12;
 /// the first-level cache that are in use.
 pub(crate) const PREFETCH: usize = 7680;
 
-/// The same for a lone token whose weights take few. The processor looks far enough by itself; but then its own prefetcher,
-/// which sees lines in the order in which they are used, keeps ahead of it.
+/// The same for a lone token whose weights take few: the next line. The processor looks far enough by itself; but then its own
+/// prefetcher, which sees lines in the order in which they are used, keeps ahead of it. Four lines ahead are too far for int8.
 pub(crate) const NEAR: usize = 64;
 
 /// Panels times `x[0 .. tokens]`.
@@ -47,6 +48,22 @@ impl Job<'_> {
         let panel = &self.panel[i * bytes..][..bytes];
         Job { shape: self.shape, panel, x: self.x, out: &mut self.out[i * tokens..][..tokens] }
     }
+}
+
+/// A panel's results of `LANES` rows from `at` on: sums times the factors at its start `base`, and biases, where it has some.
+///
+/// # Safety
+///
+/// As for [`Isa`]; `base` is a panel of the shape and `at + LANES <= 32`.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+pub(crate) unsafe fn finish<I: Isa>(shape: &Shape, base: *const u8, at: usize, sums: I::V, out: &mut [f32; PANEL]) {
+    let base = base.cast::<f32>();
+    let mut y = I::mul(sums, I::load(base.add(at)));
+    if shape.bias {
+        y = I::add(y, I::load(base.add(PANEL + at)));
+    }
+    I::store(out.as_mut_ptr().add(at), y);
 }
 
 /// # Safety

@@ -14,7 +14,7 @@
 use crate::fixed::{BLOCK, HEAD, PARTS};
 use crate::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
 use crate::isa::Isa;
-use crate::kernel::{Job, PREFETCH};
+use crate::kernel::{Job, PREFETCH, finish};
 
 /// A panel times the fixed-point forms `job.x`.
 ///
@@ -109,7 +109,7 @@ unsafe fn groups<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
     let count = if STEPS == 0 { shape.cols / shape.group } else { shape.cols / (STEPS * STEP_4BIT) };
     let blocks = shape.group / BLOCK;
     for out in job.out[t..].chunks_exact_mut(M).take(if M == 1 { usize::MAX } else { 1 }) {
-        let base = p.cast::<f32>();
+        let base = p;
         p = p.add(shape.head());
         let mut x = start;
         let mut acc = [[zero; 2]; M];
@@ -139,14 +139,8 @@ unsafe fn groups<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
             }
         }
         for v in 0..2 {
-            let at = v * I::LANES;
-            let factor = I::load(base.add(at));
             for m in 0..M {
-                let mut y = I::mul(acc[m][v], factor);
-                if shape.bias {
-                    y = I::add(y, I::load(base.add(PANEL + at)));
-                }
-                I::store(out[m].as_mut_ptr().add(at), y);
+                finish::<I>(shape, base, v * I::LANES, acc[m][v], &mut out[m]);
             }
         }
     }
@@ -227,12 +221,7 @@ unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job
     }
     for m in 0..M {
         for at in (0..PANEL).step_by(I::LANES) {
-            let factor = I::load(base.cast::<f32>().add(at));
-            let mut y = I::mul(I::load(acc.0[m].as_ptr().add(at)), factor);
-            if shape.bias {
-                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
-            }
-            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+            finish::<I>(shape, base, at, I::load(acc.0[m].as_ptr().add(at)), &mut job.out[t + m]);
         }
     }
 }

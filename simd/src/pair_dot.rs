@@ -6,7 +6,7 @@
 
 use crate::format::{GroupScale, PANEL, STEP_BYTES};
 use crate::isa::PairDots;
-use crate::kernel::{CHUNK, Job, PREFETCH, PanelFn};
+use crate::kernel::{CHUNK, Job, PREFETCH, PanelFn, finish};
 use crate::pair_format::Pairs;
 use crate::pairs::HEAD;
 use std::ops::Range;
@@ -120,7 +120,7 @@ unsafe fn groups<I: PairDots, F: Pairs, const STEPS: usize>(job: &mut Job<'_>, s
     let count = if STEPS == 0 { shape.cols / shape.group } else { shape.cols / (STEPS * F::STEP) };
     let fours = shape.group / (4 * F::STEP);
     for out in job.out.iter_mut() {
-        let base = p.cast::<f32>();
+        let base = p;
         p = p.add(shape.head());
         let mut x = [start];
         let mut acc = [zero; V];
@@ -145,12 +145,7 @@ unsafe fn groups<I: PairDots, F: Pairs, const STEPS: usize>(job: &mut Job<'_>, s
             }
         }
         for v in 0..V {
-            let at = v * I::LANES;
-            let mut y = I::mul(I::mul(acc[v], I::splat(head)), I::load(base.add(at)));
-            if shape.bias {
-                y = I::add(y, I::load(base.add(PANEL + at)));
-            }
-            I::store(out.as_mut_ptr().add(at), y);
+            finish::<I>(shape, base, v * I::LANES, I::mul(acc[v], I::splat(head)), out);
         }
     }
 }
@@ -198,14 +193,9 @@ unsafe fn tile<I: PairDots, F: Pairs, const M: usize>(job: &mut Job<'_>, t: usiz
         k += len;
     }
     for v in 0..V {
-        let at = v * I::LANES;
-        let factor = I::load(base.cast::<f32>().add(at));
         for m in 0..M {
-            let mut y = I::mul(I::mul(acc[m][v], I::splat(job.x[t + m].read())), factor);
-            if shape.bias {
-                y = I::add(y, I::load(base.cast::<f32>().add(PANEL + at)));
-            }
-            I::store(job.out[t + m].as_mut_ptr().add(at), y);
+            let y = I::mul(acc[m][v], I::splat(job.x[t + m].read()));
+            finish::<I>(shape, base, v * I::LANES, y, &mut job.out[t + m]);
         }
     }
 }

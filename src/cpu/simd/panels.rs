@@ -9,16 +9,16 @@ use moe_oracle_simd::kernel::CHUNK;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Panels of a matrix that a task takes at most.
+/// Panels of a matrix that one of several threads takes at most.
 pub(super) const PANELS: usize = 8;
 
 /// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least.
-const ROWS: usize = 4 * CHUNK;
+const ROWS: usize = 64;
 
 /// A call's room for results, on the stack.
 type Room = [MaybeUninit<[f32; PANEL]>; ROWS];
 
-/// What the calls of a task need of it at most, zeroed; all of it would take as long as a lone token's panels of 4 bits do.
+/// What the calls of a task need of it at most, zeroed; all of it would take several times as long for a lone token.
 fn zeros<'a>(room: &'a mut Room, segment: &Segment, panels: &Range<usize>, each: usize) -> &'a mut [[f32; PANEL]] {
     let most = ROWS.min(each * panels.len() * CHUNK.min(segment.len as usize));
     let room = &mut room[..most];

@@ -214,11 +214,11 @@ impl SimdExperts {
     fn expert(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
         let start = segment.start as usize;
         let parts = Parts { mid: parts.mid.from(start), formed_mid: parts.formed_mid.from(start), ..*parts };
-        some_at_a_time(self.up.shape.panels(), |panels| self.first(call, segment, panels, &parts));
+        self.first(call, segment, 0..self.up.shape.panels(), &parts);
         if parts.formed_mid.stride > 0 {
             (start..start + segment.len as usize).for_each(|a| self.form_mid(a, &parts));
         }
-        some_at_a_time(self.down.shape.panels(), |panels| self.second(call, segment, panels, &parts, output));
+        self.second(call, segment, 0..self.down.shape.panels(), &parts, output);
     }
 
     /// Brings the activation's results of an assignment into the form that down reads.
@@ -281,11 +281,6 @@ fn tasks(call: &ExpertsCall<'_>, panels: usize, pool: &dyn Executor, task: &(dyn
         let start = i % parts * each;
         task(&call.segments[i / parts], start..panels.min(start + each));
     });
-}
-
-/// Runs `task` for so many panels, [`PANELS`] at a time.
-fn some_at_a_time(panels: usize, task: impl Fn(Range<usize>)) {
-    (0..panels).step_by(PANELS).for_each(|start| task(start..panels.min(start + PANELS)));
 }
 
 /// # Panics
