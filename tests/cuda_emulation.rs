@@ -413,10 +413,8 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
     assert!(memory.output(&stream).iter().all(|b| *b == 0xff));
 
     let new = |weights: &_, c: MoeConfig| Emulation::new(&stream, weights, None, &c).err();
-    assert!(matches!(
-        new(&layer.weights, MoeConfig { format: ActivationFormat::Batched, ..c }),
-        Some(EmulationError::Cuda(CudaError::Argument(_)))
-    ));
+    let too_large = MoeConfig { experts: 1 << 20, topk: 1 << 10, intermediate: 1 << 24, ..c };
+    assert!(matches!(new(&layer.weights, too_large), Some(EmulationError::Cuda(CudaError::Argument(_)))));
     // The same bytes are half as many float32 elements.
     let wide = Emulation::new(&stream, &layer.weights, None, &MoeConfig { input: InputType::F32, ..c }).unwrap();
     // SAFETY: as above.
