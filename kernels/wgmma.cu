@@ -89,7 +89,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.depth; i++) {
             // Full: the two warps that send. Free: every warp of the cluster that multiplies.
-            barrier_init(memory.full(i), 2), barrier_init(memory.free(i), kMathWarps * kCluster);
+            barrier_init(memory.full(i), 2), barrier_init(memory.free(i), kMathWarps * kWarpArrivals * kCluster);
         }
         for (int i = 0; i < kTasks; i++) {
             // Free: all warps of the cluster but the one that fills.

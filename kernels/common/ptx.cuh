@@ -143,6 +143,19 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
+// How often a warp that is done with a place of a ring arrives: once, behind __syncwarp. compute-sanitizer's racecheck does not
+// take that for an order between the other lanes' reads and what is copied there next; for it, compile with
+// NVCC_APPEND_FLAGS=-DMOE_EVERY_LANE, and all lanes arrive.
+#ifdef MOE_EVERY_LANE
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+    __syncwarp();
+    if (lane < kWarpArrivals) barrier_arrive(barrier);
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 #if __CUDA_ARCH__ >= 900
     asm volatile(

@@ -109,7 +109,7 @@ __device__ __forceinline__ void narrow(const GemmParams& p) {
         constexpr int kArrivals = MOE_BULK ? S::kWarps : S::kThreads;
         for (int i = 0; i < p.depth; i++) {
             barrier_init(memory + 8 * i, kArrivals);
-            barrier_init(memory + kBarriers + 8 * i, S::kWarps);
+            barrier_init(memory + kBarriers + 8 * i, S::kWarps * kWarpArrivals);
         }
 #if MOE_BULK
         barrier_init_done();
@@ -140,8 +140,7 @@ __device__ __forceinline__ void narrow(const GemmParams& p) {
         barrier_wait(gemm.full(place.at), place.round);
         __syncwarp();
         gemm.multiply(stage, place.at, dequant, acc, refill);
-        __syncwarp();
-        if (gemm.lane == 0) barrier_arrive(gemm.free(place.at));
+        warp_arrive(gemm.free(place.at), gemm.lane);
         place = place.next(p.depth);
     }
     Epilogue<kN>{p, task, gemm.warp, gemm.lane, gemm.slab.first}.write(dequant, acc);

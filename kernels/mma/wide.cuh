@@ -48,7 +48,7 @@ struct Wide {
         for (int i = 0; i < p.depth; i++) {
             // Full: every thread's copies. Free: every warp.
             barrier_init(memory + 8 * i, S::kThreads);
-            barrier_init(memory + kBarriers + 8 * i, S::kWarps);
+            barrier_init(memory + kBarriers + 8 * i, S::kWarps * kWarpArrivals);
         }
     }
     __device__ __forceinline__ uint32_t full(int n) const { return memory + 8 * n; }
@@ -128,10 +128,7 @@ struct Wide {
         }
     }
 
-    __device__ __forceinline__ void done(int place) const {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(free(place));
-    }
+    __device__ __forceinline__ void done(int place) const { warp_arrive(free(place), lane); }
 
     __device__ __forceinline__ Source source(int block, int place, int weights_place, uint32_t from_token) const {
         const int nth = in_stage(block), blocks = min(kBlocks, p.weights.blocks - block + nth);

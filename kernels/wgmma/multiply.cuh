@@ -11,11 +11,15 @@ __device__ __forceinline__ uint64_t columns_at(uint32_t at) {
     return static_cast<uint64_t>((at & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// One arrival at the same barrier of every block of the cluster: nothing was written that another would read, so that no
+// A warp's arrivals at the same barrier of every block of the cluster: nothing was written that another would read, so that no
 // fence of the cluster is needed (which costs a microsecond).
 __device__ __forceinline__ void arrive_at_all(uint32_t barrier, int lane) {
     __syncwarp();
-    if (lane < kCluster) barrier_arrive_remote(barrier, lane);
+    if constexpr (kWarpArrivals == 1) {
+        if (lane < kCluster) barrier_arrive_remote(barrier, lane);
+    } else {
+        for (int block = 0; block < kCluster; block++) barrier_arrive_remote(barrier, block);
+    }
 }
 
 template <int kN>

@@ -129,10 +129,4 @@ __device__ __forceinline__ Task task_of(const GemmParams& p, int place) {
 
 __device__ __forceinline__ int stages_of(const GemmParams& p) { return (p.weights.blocks + kBlocks - 1) / kBlocks; }
 
-// A warp's arrival, after all that its lanes did before.
-__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
-}
-
 }  // namespace moe
