@@ -202,7 +202,7 @@ pub struct MoeConfig {
     pub format: ActivationFormat,
     /// A token's result must not depend on the other tokens of its batch.
     pub batch_invariant: bool,
-    /// Sums of e4m3 products may stay in Hopper's tensor cores, where scales are per row and tensor: on an H200 up to 17
+    /// Sums of e4m3 products may stay in Hopper's tensor cores, where scales are per row and tensor: on an H200 up to 13
     /// percent faster with many tokens (benches/RESULTS.md), and what CUTLASS's "FastAccum" and Triton's kernels do. These
     /// sums keep some 13 bits: results are off by 0.2 to 0.4 percent for weights and tokens of either sign (quantising a
     /// token to e4m3 costs 2 to 3), but where nearly all products have the same sign by 1 percent for 768 columns, 5 for 4096
