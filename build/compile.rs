@@ -3,7 +3,7 @@
 use crate::arch::{self, Arch, Levels};
 use crate::sources;
 use crate::toolkit::Toolkit;
-use moe_oracle_table::Specialisation;
+use moe_oracle_table::{Kernel, Specialisation};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,7 +31,8 @@ pub struct Fatbin {
 }
 
 struct Job<'a> {
-    kernel: &'a Specialisation,
+    name: &'a str,
+    source: &'a str,
     arguments: Vec<String>,
     archs: Vec<String>,
     file: String,
@@ -41,8 +42,9 @@ struct Job<'a> {
 pub fn all(toolkit: &Toolkit, archs: &[Arch], kernels: &[Specialisation], out: &Path) -> Result<Vec<Fatbin>, String> {
     fs::create_dir_all(out).map_err(|e| format!("{} can't be made: {e}", out.display()))?;
     let jobs = kernels.iter().filter_map(|k| {
-        let archs: Vec<&Arch> = archs.iter().filter(|a| k.archs.is_empty() || k.archs.contains(&a.name())).collect();
-        (!archs.is_empty()).then(|| job(toolkit, arch::distinct(&archs, levels_of(k)), k))
+        let its = &k.kernel.archs;
+        let archs: Vec<&Arch> = archs.iter().filter(|a| its.is_empty() || its.contains(&a.name())).collect();
+        (!archs.is_empty()).then(|| job(toolkit, arch::distinct(&archs, levels_of(k.kernel)), k))
     });
     let jobs = jobs.collect::<Result<Vec<_>, _>>()?;
     remove_stale(out, &jobs);
@@ -74,26 +76,28 @@ fn workers() -> usize {
     jobs.clamp(1, cpus)
 }
 
-fn levels_of(kernel: &Specialisation) -> Levels<'_> {
+fn levels_of(kernel: &Kernel) -> Levels<'_> {
     if kernel.archs.is_empty() { Levels::Shared(&kernel.own_ptx) } else { Levels::OfChip }
 }
 
-fn job<'a>(toolkit: &Toolkit, archs: Vec<&Arch>, kernel: &'a Specialisation) -> Result<Job<'a>, String> {
+fn job<'a>(toolkit: &Toolkit, archs: Vec<&Arch>, one: &'a Specialisation) -> Result<Job<'a>, String> {
     let mut arguments: Vec<String> = FLAGS.map(String::from).into();
-    arguments.extend(arch::flags(&archs, levels_of(kernel)));
+    let file = &one.kernel.file;
+    arguments.extend(arch::flags(&archs, levels_of(one.kernel)));
     arguments.push(format!("-I{KERNELS}"));
     arguments.extend(toolkit.includes().iter().map(|p| format!("-I{}", p.display())));
-    arguments.extend(kernel.define.iter().map(|d| format!("-D{d}")));
-    arguments.push(format!("{KERNELS}/{}", kernel.file));
+    arguments.extend(one.define.iter().map(|d| format!("-D{d}")));
+    arguments.push(format!("{KERNELS}/{file}"));
 
     let mut hasher = DefaultHasher::new();
-    sources::closure(Path::new(KERNELS), Path::new(&kernel.file))?.hash(&mut hasher);
+    sources::closure(Path::new(KERNELS), Path::new(file))?.hash(&mut hasher);
     (&arguments, &toolkit.build, VARIABLES.map(env::var_os)).hash(&mut hasher);
     Ok(Job {
-        kernel,
+        name: &one.name,
+        source: file,
         arguments,
         archs: archs.iter().map(|a| a.name()).collect(),
-        file: format!("{}-{:016x}.fatbin", kernel.name, hasher.finish()),
+        file: format!("{}-{:016x}.fatbin", one.name, hasher.finish()),
     })
 }
 
@@ -104,8 +108,7 @@ fn report_of(out: &Path, file: &str) -> PathBuf {
 
 fn compile(toolkit: &Toolkit, job: &Job, out: &Path) -> Result<Fatbin, String> {
     let report_file = report_of(out, &job.file);
-    let fatbin =
-        |report| Fatbin { name: job.kernel.name.clone(), file: job.file.clone(), archs: job.archs.clone(), report };
+    let fatbin = |report| Fatbin { name: job.name.into(), file: job.file.clone(), archs: job.archs.clone(), report };
     if let Ok(report) = fs::read_to_string(&report_file) {
         return Ok(fatbin(report));
     }
@@ -113,8 +116,8 @@ fn compile(toolkit: &Toolkit, job: &Job, out: &Path) -> Result<Fatbin, String> {
     let run = run.map_err(|e| format!("{} can't be run: {e}", toolkit.nvcc.display()))?;
     let report = String::from_utf8_lossy(&run.stdout) + String::from_utf8_lossy(&run.stderr);
     if !run.status.success() {
-        let Specialisation { name, file, .. } = job.kernel;
-        return Err(format!("kernel `{name}` ({KERNELS}/{file}) does not compile ({}):\n{report}", run.status));
+        let Job { name, source, .. } = job;
+        return Err(format!("kernel `{name}` ({KERNELS}/{source}) does not compile ({}):\n{report}", run.status));
     }
     fs::write(&report_file, &*report).map_err(|e| format!("{} can't be written: {e}", report_file.display()))?;
     Ok(fatbin(report.into_owned()))

@@ -17,7 +17,7 @@ pub struct Table {
 
 impl Table {
     /// What build.rs compiles, one fatbin each.
-    pub fn specialisations(&self) -> Vec<Specialisation> {
+    pub fn specialisations(&self) -> Vec<Specialisation<'_>> {
         self.kernel.iter().flat_map(Kernel::specialisations).collect()
     }
 }
@@ -110,34 +110,28 @@ pub struct Kernel {
 }
 
 /// What becomes one fatbin.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Specialisation {
+#[derive(Clone, Debug)]
+pub struct Specialisation<'a> {
     /// `decode_half_bf16`: the name by which the runtime loads it.
     pub name: String,
-    /// File under kernels/.
-    pub file: String,
-    /// `NAME=VALUE`
+    /// The kernel's, and the type's.
     pub define: Vec<String>,
-    /// As the kernel's.
-    pub archs: Vec<String>,
-    /// As the kernel's.
-    pub own_ptx: Vec<u16>,
+    /// Everything else.
+    pub kernel: &'a Kernel,
 }
 
 impl Kernel {
-    fn specialisations(&self) -> Vec<Specialisation> {
+    fn specialisations(&self) -> Vec<Specialisation<'_>> {
         let types: &[_] = if self.typed { &[("_bf16", "Bf16"), ("_f16", "F16")] } else { &[("", "")] };
         let one = |(suffix, compute): &(&str, &str)| Specialisation {
             name: format!("{}{suffix}", self.name),
-            file: self.file.clone(),
             define: self
                 .typed
                 .then(|| format!("MOE_COMPUTE={compute}"))
                 .into_iter()
                 .chain(self.define.clone())
                 .collect(),
-            archs: self.archs.clone(),
-            own_ptx: self.own_ptx.clone(),
+            kernel: self,
         };
         types.iter().map(one).collect()
     }
@@ -158,8 +152,8 @@ impl Kernel {
                 self.name, self.file
             ));
         }
-        let name_of = |d: &str| d.split_once('=').map_or(d, |(name, _)| name).to_owned();
-        if let Some(d) = self.define.iter().find(|d| !identifier(&name_of(d))) {
+        let named = |d: &&String| identifier(d.split_once('=').map_or(d.as_str(), |(name, _)| name));
+        if let Some(d) = self.define.iter().find(|d| !named(d)) {
             return Err(format!("kernel `{}`: define = \"{d}\", expected NAME=VALUE", self.name));
         }
         if let Some(level) = self.own_ptx.iter().find(|level| ![89, 120].contains(level)) {
@@ -392,9 +386,9 @@ mod tests {
         let all = table.specialisations();
         let names: Vec<_> = all.iter().map(|k| k.name.as_str()).collect();
         assert_eq!(names, ["routing", "decode_bf16", "decode_f16"]);
-        assert!(all[0].define.is_empty() && all[0].own_ptx.is_empty());
+        assert!(all[0].define.is_empty() && all[0].kernel.own_ptx.is_empty());
         assert_eq!(all[1].define, ["MOE_COMPUTE=Bf16", "WEIGHT=half", "FAST"]);
-        assert_eq!((all[2].define[0].as_str(), all[2].own_ptx.as_slice()), ("MOE_COMPUTE=F16", &[89][..]));
+        assert_eq!((all[2].define[0].as_str(), all[2].kernel.own_ptx.as_slice()), ("MOE_COMPUTE=F16", &[89][..]));
     }
 
     #[test]
