@@ -71,12 +71,19 @@ struct Finish {
                     silu(smaller(gates.second, limit)) * clamp(ups.second, limit));
     }
 
-    // A piece's sums to results in shared memory: [token][16 of each warp], or eight where gates and ups are joined.
+    // A piece's sums, of `count` tokens, to results in shared memory: [token][16 of each warp], or eight where gates and ups
+    // are joined.
     template <bool kJoined>
-    __device__ __forceinline__ void stage(const Sums<kN>& acc, int nth, const Rows& rows, uint32_t columns, uint32_t to) const {
+    __device__ __forceinline__ void stage(const Sums<kN>& acc, int nth, int count, const Rows& rows, uint32_t columns,
+                                          uint32_t to) const {
         uint32_t out[2][4];  // rows g, rows g + 8; of four eights of tokens
 #pragma unroll
         for (int i = 0; i < kPiece / 8; i++) {
+            // Few tokens leave most of a piece empty.
+            if (kN <= 64 && i > 0 && 8 * i >= count) {
+                out[0][i] = out[1][i] = 0;
+                continue;
+            }
             const Sum* sums = sums_of(acc, kPiece / 8 * nth + i);
             const uint32_t column = columns + 8 * (8 * i + 2 * (lane & 3));
             if constexpr (kJoined) {
@@ -199,7 +206,7 @@ struct Finish {
         for (int i = 0; i < kPieces; i++) {
             if (kPiece * i >= task.count) break;
             const uint32_t columns = facts + 8 * kPiece * i, at = memory.staged(warpgroup) + i % 2 * (L::kStaged / 2);
-            stage<kJoined>(acc, i, rows, columns, at);
+            stage<kJoined>(acc, i, task.count - kPiece * i, rows, columns, at);
             warpgroup_barrier(warpgroup);
             if constexpr (kCodes) {
                 copy_codes(task, task.count - kPiece * i, columns, at, facts + 8 * (kN + kRows));

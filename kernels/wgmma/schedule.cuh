@@ -122,10 +122,13 @@ struct ColumnFacts {
             const int column = first + 32 * i + lane, row = task.start + column;
             const bool exists = column < task.count;
             assignment[i] = exists && assigned ? __ldcg(p.rows + row) : 0;
-            factor[i] = exists && scaled ? p.scale * __ldcg(p.scales + row) : p.scale;
+            factor[i] = exists && scaled ? __ldcg(p.scales + row) : 1.f;
         }
     }
     __device__ __forceinline__ void write(const GemmParams& p, const Task& task, int first, uint32_t to, int lane) {
+        // Not where they are loaded, one after the other then: each would be waited for there.
+#pragma unroll
+        for (int i = 0; i < kEach; i++) factor[i] *= p.scale;
         if (p.routing != nullptr) {
 #pragma unroll
             for (int i = 0; i < kEach; i++) {
