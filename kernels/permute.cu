@@ -4,7 +4,7 @@
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, or, for many, of several that
 // count their parts first, in whatever order within an expert, which no result depends on. In the batched format they are
 // sorted as they lie, and only moved together where rows are wanted. Then it lists tiles of at most
-// `tile` assignments of one expert, in the order of experts, and fills the rest of the list, whose length the host knows
+// `tile` assignments of one expert, in the order of experts or of their tiles' size, and fills the rest of the list, whose length the host knows
 // only as a bound, with -1. An expert's tiles are as equal as multiples of kGranularity allow: a small one costs nearly as
 // much as a large one.
 #include <cuda_bf16.h>
@@ -45,7 +45,7 @@ struct PlanParams {
     int part;           // assignments of a block
     int align;          // an expert's rows begin at a multiple of this
     int rows_count;     // at most that many rows, and what is left is filled
-    int unused;
+    int largest_first;  // whether experts with larger tiles come first in the list of tiles
 };
 // src/cuda/permute.rs has the same.
 static_assert(sizeof(PlanParams) == 128, "");
@@ -244,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_count(const __grid
 // grid (parts): after moe_count where there are several
 extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_constant__ PlanParams p) {
     __shared__ int places[kMaxExperts], ends[kMaxExperts];
+    __shared__ int2 sizes[kMaxExperts];  // of an expert's tiles, and how many
     const int t = threadIdx.x;
     places[t] = 0;
     __syncthreads();
@@ -274,11 +275,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_plan(const __grid_
     const int tiles = (count + p.tile - 1) / p.tile;
     int2 all;
     const int room = (count + p.align - 1) / p.align * p.align;
-    const int2 before = sum_before(make_int2(room, tiles), all);
+    int2 before = sum_before(make_int2(room, tiles), all);
     const int start = p.rows != nullptr ? before.x : t * p.max_tokens;
     places[t] = start + earlier, ends[t] = start + count;
     const int even = (count + tiles - 1) / max(tiles, 1);
     const int each = min(p.tile, (even + kGranularity - 1) / kGranularity * kGranularity);
+    if (p.largest_first && blockIdx.x == 0) {
+        sizes[t] = make_int2(each, tiles);
+        __syncthreads();
+        before.y = 0;
+        // Only asked for where experts are few.
+        for (int e = 0; e < p.local_experts; e++) {
+            const int2 other = sizes[e];
+            if (other.x > each || (other.x == each && e < t)) before.y += other.y;
+        }
+    }
     if (blockIdx.x == 0) {
         for (int i = 0; i < tiles; i++) {
             p.tiles[before.y + i] = make_int4(t, start + i * each, min(count - i * each, each), i | tiles << 16);

@@ -272,6 +272,7 @@ impl Mma {
             stored: 0,
             scales: [0; 2],
             taken: 0,
+            largest_first: false,
             scratch: x,
         };
         // SAFETY: the list of tiles has room for the smallest tile's, which are the most; the rest is the caller's promise.

@@ -52,7 +52,7 @@ struct PlanParams {
     part: i32,
     align: i32,
     rows_count: i32,
-    unused: i32,
+    largest_first: i32,
 }
 
 /// As `LayOutParams` in kernels/permute.cu.
@@ -149,6 +149,8 @@ pub(super) struct Plan {
     pub scales: [u64; 2],
     /// Two counters of 32 bits that are made zero, or 0.
     pub taken: u64,
+    /// Whether experts with larger tiles come first in the list, which takes time where experts are many.
+    pub largest_first: bool,
     /// [`scratch_bytes`] of the assignments, that nothing else uses before the plan is made.
     pub scratch: u64,
 }
@@ -248,6 +250,7 @@ impl Permute {
             tile: plan.tile as i32,
             max_tiles: plan.max_tiles as i32,
             align: plan.align as i32,
+            largest_first: i32::from(plan.largest_first),
             ..bytemuck::Zeroable::zeroed()
         };
         let params = match source {

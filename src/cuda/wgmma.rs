@@ -30,6 +30,8 @@ const MAX_ASSIGNMENTS: usize = 1 << 18;
 
 /// Planes of a row at most, so that sums of int8 products stay below 2^31.
 const MAX_PLANES: usize = 1 << 10;
+/// Up to so many rounds of tasks, of those that clusters ask for, the largest ones come first.
+const ROUNDS: usize = 4;
 /// Experts' rows begin at multiples of this: what of a plane is exchanged.
 const ALIGN: usize = 8;
 
@@ -363,6 +365,9 @@ impl Wgmma {
         let (list, rows, places, x, middle, second) =
             (at(0), at(parts.rows), at(parts.places), at(parts.x), at(parts.middle), at(parts.second));
         let taken = |n: usize| if self.asks[n][place] { at(parts.taken) + 4 * n as u64 } else { 0 };
+        // Of few rounds a large task in the last one is a large part.
+        let few = |n: usize| row_tiles(&self.matrices[n]) * tiles <= ROUNDS * self.blocks as usize / CLUSTER;
+        let largest_first = (0..2).any(|n| self.asks[n][place] && few(n));
         // Empty slots are left out.
         let present = if matches!(call.source, Source::Counts { .. }) { places } else { 0 };
         let [first, down] = &self.inputs;
@@ -410,8 +415,18 @@ impl Wgmma {
         // lie behind its scratch: that is 4 KiB for 512 rows, whose codes are 64 KiB at least.
         unsafe {
             let taken = at(parts.taken);
-            let plan =
-                Plan { tiles: list, tile, max_tiles: tiles, align: ALIGN, places, stored, scales, taken, scratch: x };
+            let plan = Plan {
+                tiles: list,
+                tile,
+                max_tiles: tiles,
+                align: ALIGN,
+                places,
+                stored,
+                scales,
+                taken,
+                largest_first,
+                scratch: x,
+            };
             self.permute.plan(stream, call.source, plan)?;
             let to = OrderedPlanes { places, copies: call.copies, present, ..first.to(count) };
             match &first.quantizer {
