@@ -13,14 +13,14 @@ use crate::config::{ActivationFormat, MoeConfig};
 const STAGE_BYTES: usize = CLUSTER * SLABS * 2048;
 /// What all clusters read from memory together, in bytes a microsecond, by the place in `TILES`: a larger tile leaves the
 /// ring fewer stages of weights that are under way.
-const READ: [f64; TILES.len()] = [4.46e6, 4.32e6, 4.01e6];
+const READ: [f64; TILES.len()] = [4.34e6, 4.23e6, 4.02e6];
 /// A stage whose weights L2 has, in microseconds, and what a token's column adds to a task's results.
-const STAGE_US: f64 = 0.331;
-const RESULT_US: f64 = 0.0026;
+const STAGE_US: f64 = 0.251;
+const RESULT_US: f64 = 0.001;
 /// Microseconds from which on a task is asked for, which takes until it is there.
 const ASK_US: f64 = 4.5;
 /// What an element of the assignments' rows costs outside the projections.
-const ELEMENT_US: f64 = 0.94e-6;
+const ELEMENT_US: f64 = 0.95e-6;
 /// As kGranularity in kernels/permute.cu: tokens that a tile's size is a multiple of.
 const GRANULARITY: usize = 16;
 /// Bytes of weights that several tokens must be expected to read.
@@ -37,22 +37,22 @@ impl Kind {
     /// the tensor cores.
     const fn column_us(self) -> [f64; TILES.len()] {
         match self {
-            Kind::Half => [0.00185; TILES.len()],
-            Kind::Fp8 => [0.0011, 0.0022, 0.0028],
+            Kind::Half => [0.0017; TILES.len()],
+            Kind::Fp8 => [0.00215, 0.00245, 0.00275],
             // Of fp8 and int8, whose instructions these are: not fitted.
-            Kind::Fp8Fast => [0.0011, 0.00195, 0.00195],
-            Kind::Fp8Block => [0.0019, 0.003, 0.0037],
-            Kind::Int8 => [0.00195; TILES.len()],
+            Kind::Fp8Fast => [0.00215, 0.00185, 0.00185],
+            Kind::Fp8Block => [0.00395, 0.00365, 0.00395],
+            Kind::Int8 => [0.00185; TILES.len()],
         }
     }
 
     /// What a call of any size costs besides.
     const fn call_us(self) -> f64 {
         match self {
-            Kind::Half => 11.0,
-            Kind::Fp8 | Kind::Fp8Fast => 12.0,
-            Kind::Fp8Block => 24.0,
-            Kind::Int8 => 20.0,
+            Kind::Half => 6.0,
+            Kind::Fp8 | Kind::Fp8Fast => 8.0,
+            Kind::Fp8Block => 22.0,
+            Kind::Int8 => 6.0,
         }
     }
 }
@@ -224,10 +224,10 @@ mod tests {
             experts: 128,
             topk: 8,
             us: [
-                [[301.0, 314.8, 329.9], [439.4, 361.6, 382.6], [1292.1, 907.1, 771.5]],
-                [[164.7, 183.6, 180.5], [260.9, 233.8, 246.7], [772.4, 665.4, 642.7]],
-                [[160.9, 160.9, 170.6], [241.1, 208.3, 226.8], [691.3, 595.8, 558.1]],
-                [[164.0, 178.0, 184.5], [256.5, 221.5, 232.0], [742.1, 550.5, 504.2]],
+                [[291.5, 291.6, 304.7], [403.3, 342.0, 364.1], [966.7, 763.3, 714.8]],
+                [[160.8, 175.8, 173.2], [262.7, 213.3, 238.8], [817.6, 640.0, 589.6]],
+                [[158.5, 158.2, 164.3], [231.1, 203.7, 214.3], [650.4, 555.3, 495.9]],
+                [[158.2, 158.7, 159.7], [232.2, 200.4, 208.1], [613.6, 485.2, 452.9]],
             ],
         },
         Model {
@@ -235,10 +235,10 @@ mod tests {
             experts: 256,
             topk: 8,
             us: [
-                [[722.2, 700.1, 733.6], [824.4, 801.3, 827.8], [1940.8, 1518.4, 1343.8]],
-                [[391.7, 401.9, 424.0], [498.4, 505.9, 534.2], [1266.0, 1149.6, 1060.0]],
-                [[377.9, 395.0, 412.0], [471.9, 484.7, 504.1], [1170.8, 1023.6, 952.1]],
-                [[391.5, 388.0, 407.7], [486.2, 477.5, 482.8], [1207.4, 1014.6, 911.3]],
+                [[706.5, 712.6, 753.2], [803.7, 806.2, 837.2], [1828.7, 1446.5, 1304.8]],
+                [[383.1, 395.9, 414.9], [481.6, 492.7, 515.4], [1308.6, 1086.8, 997.3]],
+                [[375.1, 389.2, 398.1], [465.8, 470.4, 486.5], [1145.4, 969.5, 887.1]],
+                [[375.4, 386.0, 399.2], [465.2, 470.0, 480.3], [1112.9, 941.4, 840.6]],
             ],
         },
         Model {
@@ -246,10 +246,10 @@ mod tests {
             experts: 8,
             topk: 2,
             us: [
-                [[936.5, 757.2, 838.8], [2739.8, 1814.0, 1491.5], [9923.9, 6128.1, 4703.2]],
-                [[502.8, 422.8, 454.5], [1452.1, 1202.3, 1169.4], [5098.7, 4202.8, 3748.3]],
-                [[433.7, 389.1, 413.5], [1366.8, 1064.3, 983.6], [4489.8, 3651.2, 3132.5]],
-                [[495.6, 402.7, 428.1], [1480.2, 1006.6, 848.7], [5136.0, 3185.2, 2584.0]],
+                [[809.7, 689.5, 733.9], [2035.5, 1639.4, 1361.6], [7200.4, 5227.5, 4504.3]],
+                [[538.4, 440.3, 462.5], [1565.8, 1205.0, 1073.7], [5522.2, 4179.4, 3648.4]],
+                [[450.6, 387.9, 418.7], [1263.7, 986.0, 858.6], [4313.8, 3332.9, 2961.9]],
+                [[426.2, 377.7, 392.2], [1082.0, 884.1, 728.5], [3758.3, 2860.3, 2409.5]],
             ],
         },
     ];
