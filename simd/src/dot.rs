@@ -10,15 +10,17 @@
 //! never fused: these results do not depend on the instruction set. None depends on which tokens are computed together.
 
 use crate::fixed::{PARTS, WIDE_HEAD};
-use crate::format::{Bytes, GroupScale, PANEL, STEP_BYTES};
+use crate::format::{Bytes, GroupScale, PANEL, STEP_BYTES, Shape};
 use crate::int8::{BLOCK, HEAD, bias};
 use crate::isa::Isa;
 use crate::kernel::{Job, NEAR, PREFETCH, finish};
+use crate::slab::{self, Tile};
+use std::marker::PhantomData;
 
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
 
-/// A panel times the int8 forms `job.x` (`P` is 1) or the wide fixed-point ones ([`PARTS`]).
+/// One or two panels times the int8 forms `job.x` (`P` is 1) or the wide fixed-point ones ([`PARTS`]).
 ///
 /// # Safety
 ///
@@ -79,79 +81,121 @@ unsafe fn tokens<I: Isa, F: Bytes, const P: usize>(job: &mut Job<'_>, scale: Gro
     }
 }
 
+/// `V` vectors of rows from `row` on for `M` tokens.
+struct Rows<I, F, const P: usize, const M: usize, const V: usize> {
+    row: usize,
+    x: [*const u8; M],
+    /// That of the shape.
+    scale: GroupScale,
+    /// Whether to ask for memory ahead, for several tokens.
+    fetch: bool,
+    kind: PhantomData<(I, F)>,
+}
+
+impl<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize> Tile<M> for Rows<I, F, P, M, V> {
+    type Sums = [[I::V; V]; M];
+
+    #[inline(always)]
+    fn rows(&self) -> [*const u8; M] {
+        self.x
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn none(&self) -> Self::Sums {
+        [[I::splat(0.0); V]; M]
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn slab(
+        &self,
+        shape: &Shape,
+        columns: usize,
+        at: &mut *const u8,
+        from: &mut [*const u8; M],
+        sum_of: &mut Self::Sums,
+    ) {
+        let (step, row, scale, fetch) = (4 * F::FOURS, self.row, self.scale, self.fetch);
+        let (mut p, mut x, mut acc) = (*at, *from, *sum_of);
+        let mut k = 0;
+        while k < columns {
+            let len = shape.group.min(columns - k);
+            let scales = p;
+            let zeros = p.add(scale.bytes());
+            p = if F::ZERO { zeros.add(PANEL) } else { zeros };
+            let mut left = len;
+            while left > 0 {
+                let steps = BLOCK.min(left).div_ceil(step);
+                // Whole blocks are unrolled, and half ones: groups of 16.
+                let at = p.add(4 * row);
+                let sums = match (steps * step, fetch) {
+                    (BLOCK, true) => block::<I, F, P, M, V, BLOCK, true>(BLOCK, at, &x),
+                    (BLOCK, false) => block::<I, F, P, M, V, BLOCK, false>(BLOCK, at, &x),
+                    (HALF, true) => block::<I, F, P, M, V, HALF, true>(HALF, at, &x),
+                    (HALF, false) => block::<I, F, P, M, V, HALF, false>(HALF, at, &x),
+                    (columns, _) => block::<I, F, P, M, V, 0, false>(columns, at, &x),
+                };
+                for v in 0..V {
+                    let lane = row + v * I::LANES;
+                    let weight = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, lane) };
+                    for m in 0..M {
+                        let sum = match F::ZERO {
+                            true => {
+                                let q = I::splat_int(x[m].add(4).cast::<i32>().read());
+                                I::corrected(sums[m][v][0], I::u8_int(zeros.add(lane)), q)
+                            }
+                            false => sums[m][v][0],
+                        };
+                        let mut y = I::to_float(sum);
+                        for part in 1..P {
+                            y = I::fma(y, I::splat(128.0), I::to_float(sums[m][v][part]));
+                        }
+                        let y = if scale == GroupScale::None { y } else { I::mul(y, weight) };
+                        acc[m][v] = I::add(acc[m][v], I::mul(y, I::each::<0>(x[m].cast())));
+                    }
+                }
+                p = p.add(steps * STEP_BYTES);
+                for x in &mut x {
+                    *x = x.add(head::<P>() + steps * step * P);
+                }
+                left = left.saturating_sub(BLOCK);
+            }
+            k += len;
+        }
+        (*at, *from, *sum_of) = (p, x, acc);
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn finish(&self, shape: &Shape, head: *const u8, sums: &Self::Sums, out: &mut [[f32; PANEL]]) {
+        for v in 0..V {
+            for m in 0..M {
+                finish::<I>(shape, head, self.row + v * I::LANES, sums[m][v], &mut out[m]);
+            }
+        }
+    }
+}
+
 /// `V` vectors of rows from `row` on for tokens `t .. t + M`.
 ///
 /// # Safety
 ///
 /// As for [`panel`]; the tokens exist and `row + V * LANES <= 32`.
 #[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+#[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn tile<I: Isa, F: Bytes, const P: usize, const M: usize, const V: usize>(
     job: &mut Job<'_>,
     t: usize,
     row: usize,
     scale: GroupScale,
 ) {
-    let shape = job.shape;
-    let step = 4 * F::FOURS;
+    let x = std::array::from_fn(|m| job.x[t + m].cast());
     // With few tokens so few instructions are left that the processor itself has enough loads under way; asking for more
-    // only takes their places. (A lone token has distances of its own.) Otherwise the first tile asks for what comes, for
+    // only takes their places. (A lone token has a distance of its own.) Otherwise the first tile asks for what comes, for
     // all.
     let fetch = M > if F::BIASED && P == 1 { 3 } else { 1 } && t == 0 && row == 0;
-    let base = job.panel.as_ptr();
-    let mut p = base.add(shape.head());
-    let mut x: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
-    let mut acc = [[I::splat(0.0); V]; M];
-    let mut k = 0;
-    while k < shape.cols {
-        let len = shape.group.min(shape.cols - k);
-        let scales = p;
-        let zeros = p.add(scale.bytes());
-        p = if F::ZERO { zeros.add(PANEL) } else { zeros };
-        let mut left = len;
-        while left > 0 {
-            let steps = BLOCK.min(left).div_ceil(step);
-            // Whole blocks are unrolled, and half ones: groups of 16.
-            let at = p.add(4 * row);
-            let sums = match (steps * step, fetch) {
-                (BLOCK, true) => block::<I, F, P, M, V, BLOCK, true>(BLOCK, at, &x),
-                (BLOCK, false) => block::<I, F, P, M, V, BLOCK, false>(BLOCK, at, &x),
-                (HALF, true) => block::<I, F, P, M, V, HALF, true>(HALF, at, &x),
-                (HALF, false) => block::<I, F, P, M, V, HALF, false>(HALF, at, &x),
-                (columns, _) => block::<I, F, P, M, V, 0, false>(columns, at, &x),
-            };
-            for v in 0..V {
-                let lane = row + v * I::LANES;
-                let weight = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, lane) };
-                for m in 0..M {
-                    let sum = match F::ZERO {
-                        true => {
-                            let q = I::splat_int(x[m].add(4).cast::<i32>().read());
-                            I::corrected(sums[m][v][0], I::u8_int(zeros.add(lane)), q)
-                        }
-                        false => sums[m][v][0],
-                    };
-                    let mut y = I::to_float(sum);
-                    for part in 1..P {
-                        y = I::fma(y, I::splat(128.0), I::to_float(sums[m][v][part]));
-                    }
-                    let y = if scale == GroupScale::None { y } else { I::mul(y, weight) };
-                    acc[m][v] = I::add(acc[m][v], I::mul(y, I::each::<0>(x[m].cast())));
-                }
-            }
-            p = p.add(steps * STEP_BYTES);
-            for x in &mut x {
-                *x = x.add(head::<P>() + steps * step * P);
-            }
-            left = left.saturating_sub(BLOCK);
-        }
-        k += len;
-    }
-    for v in 0..V {
-        for m in 0..M {
-            finish::<I>(shape, base, row + v * I::LANES, acc[m][v], &mut job.out[t + m]);
-        }
-    }
+    slab::panels(job, t, &Rows::<I, F, P, M, V> { row, x, scale, fetch, kind: PhantomData })
 }
 
 /// The sums of products of a block of `columns` (`COLUMNS`, unless that is 0), the weights' offset taken off unless it is

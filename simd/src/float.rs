@@ -1,13 +1,120 @@
-//! The micro-kernel of float32 products: one panel, decoded to float32, times the rows of some tokens.
+//! The micro-kernel of float32 products: panels, decoded to float32, times the rows of some tokens.
 //!
 //! Lanes are rows of the panel and K runs sequentially, so that each output is two chains of multiply-adds (even and odd
 //! columns) in an order that depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use crate::format::{Format, GroupScale, PANEL, STEP_BYTES};
+use crate::format::{Format, GroupScale, PANEL, STEP_BYTES, Shape};
 use crate::isa::Isa;
 use crate::kernel::{Job, PREFETCH, finish};
 use crate::scaled;
+use crate::slab::{self, Tile};
+use std::marker::PhantomData;
 use std::ops::Range;
+
+/// `V` vectors of rows from `row` on for `M` tokens.
+struct Rows<I, F, const M: usize, const V: usize> {
+    row: usize,
+    /// The tokens' rows, behind their heads.
+    x: [*const u8; M],
+    heads: [f32; M],
+    /// Whether to ask for memory ahead.
+    fetch: bool,
+    kind: PhantomData<(I, F)>,
+}
+
+impl<I: Isa, F: Format, const M: usize, const V: usize> Tile<M> for Rows<I, F, M, V> {
+    type Sums = [[I::V; V]; M];
+
+    #[inline(always)]
+    fn rows(&self) -> [*const u8; M] {
+        self.x
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn none(&self) -> Self::Sums {
+        [[I::splat(0.0); V]; M]
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn slab(
+        &self,
+        shape: &Shape,
+        columns: usize,
+        at: &mut *const u8,
+        from: &mut [*const u8; M],
+        acc: &mut Self::Sums,
+    ) {
+        let (group, scale, row, zero) = (shape.group, shape.scale, self.row, I::splat(0.0));
+        let mut p = *at;
+        let mut x = from.map(|x| x.cast::<f32>());
+        let mut k = 0;
+        while k < columns {
+            let len = group.min(columns - k);
+            let scales = p;
+            p = p.add(scale.bytes());
+            let mut zeros = [zero; V];
+            if F::ZERO {
+                for v in 0..V {
+                    zeros[v] = I::u8(p.add(row + v * I::LANES));
+                }
+                p = p.add(PANEL);
+            }
+            let mut sums = [[[zero; V]; M]; 2];
+            for _ in 0..len / F::STEP {
+                if self.fetch {
+                    let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
+                    I::prefetch(ahead);
+                    I::prefetch(ahead.wrapping_add(64));
+                }
+                step::<I, F, M, V>(p, row, &zeros, &x, &mut sums);
+                p = p.add(STEP_BYTES);
+                for m in 0..M {
+                    x[m] = x[m].add(F::STEP);
+                }
+                k += F::STEP;
+            }
+            let rest = len % F::STEP;
+            if rest > 0 {
+                // The step's other columns meet zeros: they are neither this group's nor, at the end, there at all.
+                let mut tail = [[0f32; 4]; M];
+                let mut tail_x = [std::ptr::null::<f32>(); M];
+                for m in 0..M {
+                    for i in 0..rest {
+                        tail[m][i] = x[m].add(i).read();
+                    }
+                    tail_x[m] = tail[m].as_ptr();
+                    x[m] = x[m].add(rest);
+                }
+                step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sums);
+                p = p.add(STEP_BYTES);
+                k += rest;
+            }
+            // Results of single groups are added up in memory: the registers are the group's.
+            for v in 0..V {
+                let s =
+                    if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, row + v * I::LANES) };
+                for m in 0..M {
+                    acc[m][v] = I::fma(I::add(sums[0][m][v], sums[1][m][v]), s, acc[m][v]);
+                }
+            }
+        }
+        *at = p;
+        *from = x.map(|x| x.cast());
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn finish(&self, shape: &Shape, head: *const u8, acc: &Self::Sums, out: &mut [[f32; PANEL]]) {
+        for v in 0..V {
+            for m in 0..M {
+                let y = if F::SCALED { I::mul(acc[m][v], I::splat(self.heads[m])) } else { acc[m][v] };
+                finish::<I>(shape, head, self.row + v * I::LANES, y, &mut out[m]);
+            }
+        }
+    }
+}
 
 /// # Safety
 ///
@@ -15,77 +122,15 @@ use std::ops::Range;
 #[inline(always)]
 #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
 unsafe fn tile<I: Isa, F: Format, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize, row: usize) {
-    let shape = job.shape;
-    let zero = I::splat(0.0);
-    let mut x = [std::ptr::null::<f32>(); M];
-    x.copy_from_slice(&job.x[t..t + M]);
-    let mut heads = [1f32; M];
-    if F::SCALED {
-        for m in 0..M {
-            heads[m] = x[m].read();
-            x[m] = x[m].add(scaled::HEAD);
+    let (mut x, mut heads) = ([std::ptr::null(); M], [1f32; M]);
+    for m in 0..M {
+        x[m] = job.x[t + m].cast::<u8>();
+        if F::SCALED {
+            heads[m] = job.x[t + m].read();
+            x[m] = job.x[t + m].add(scaled::HEAD).cast();
         }
     }
-    let base = job.panel.as_ptr();
-    let mut p = base.add(shape.head());
-    let (cols, group, scale) = (shape.cols, shape.group, shape.scale);
-    // Results of single groups are added up in memory: the registers are the group's.
-    let mut acc = [[zero; V]; M];
-    let mut k = 0;
-    while k < cols {
-        let len = group.min(cols - k);
-        let scales = p;
-        p = p.add(scale.bytes());
-        let mut zeros = [zero; V];
-        if F::ZERO {
-            for v in 0..V {
-                zeros[v] = I::u8(p.add(row + v * I::LANES));
-            }
-            p = p.add(PANEL);
-        }
-        let mut sums = [[[zero; V]; M]; 2];
-        for _ in 0..len / F::STEP {
-            if t == 0 {
-                let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
-                I::prefetch(ahead);
-                I::prefetch(ahead.wrapping_add(64));
-            }
-            step::<I, F, M, V>(p, row, &zeros, &x, &mut sums);
-            p = p.add(STEP_BYTES);
-            for m in 0..M {
-                x[m] = x[m].add(F::STEP);
-            }
-            k += F::STEP;
-        }
-        let rest = len % F::STEP;
-        if rest > 0 {
-            // The step's other columns meet zeros: they are neither this group's nor, at the end, there at all.
-            let mut tail = [[0f32; 4]; M];
-            let mut tail_x = [std::ptr::null::<f32>(); M];
-            for m in 0..M {
-                for i in 0..rest {
-                    tail[m][i] = x[m].add(i).read();
-                }
-                tail_x[m] = tail[m].as_ptr();
-                x[m] = x[m].add(rest);
-            }
-            step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sums);
-            p = p.add(STEP_BYTES);
-            k += rest;
-        }
-        for v in 0..V {
-            let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, row + v * I::LANES) };
-            for m in 0..M {
-                acc[m][v] = I::fma(I::add(sums[0][m][v], sums[1][m][v]), s, acc[m][v]);
-            }
-        }
-    }
-    for v in 0..V {
-        for m in 0..M {
-            let y = if F::SCALED { I::mul(acc[m][v], I::splat(heads[m])) } else { acc[m][v] };
-            finish::<I>(shape, base, row + v * I::LANES, y, &mut job.out[t + m]);
-        }
-    }
+    slab::panels(job, t, &Rows::<I, F, M, V> { row, x, heads, fetch: t == 0, kind: PhantomData })
 }
 
 /// Adds a step to the sums: with sixteen lanes those over even and those over odd columns, for two chains of dependent
@@ -166,7 +211,7 @@ unsafe fn column<I: Isa, F: Format, const M: usize, const V: usize, const K: usi
     }
 }
 
-/// A panel times the rows `job.x`.
+/// One or two panels times the rows `job.x`.
 ///
 /// # Safety
 ///

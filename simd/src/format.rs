@@ -3,16 +3,23 @@
 //! A panel is 32 rows of a matrix as one stream. It starts with a float32 factor per row (and a bias per row, where
 //! the layer has biases). Then, group by group along K: the group's scales, its zero points, and its codes in steps
 //! of 128 bytes that hold 2, 4 or 8 columns of the 32 rows. Whatever does not change along K is in the factor.
+//!
+//! Two panels may be packed together, parts of one and of the other alternating: see [`Shape::slabs`].
 
 use crate::CpuIsa;
 use crate::isa::Isa;
 use crate::kernel::{NEAR, PREFETCH};
 use crate::{Rounding, fixed, int8, pairs, scaled};
+use std::ops::Range;
 
 /// Rows of a panel.
 pub const PANEL: usize = 32;
 /// Bytes of a step, whatever the format.
 pub const STEP_BYTES: usize = 128;
+/// Columns of a slab of 8 bits and more, which are 8 KB, of 16 bits 16 KB.
+const SLAB: usize = 256;
+/// Columns whose forms, 4 KB at most, are few.
+const FEW: usize = 1024;
 /// Columns of a step of 4-bit codes.
 pub(crate) const STEP_4BIT: usize = 8;
 
@@ -49,6 +56,11 @@ impl Code {
             Code::E4m3 | Code::Int8 | Code::U8Zero | Code::Int8Rows | Code::U8ZeroRows => 4,
             Code::E2m1 | Code::U4 | Code::U4Zero => STEP_4BIT,
         }
+    }
+
+    /// Columns of a slab, where groups are no larger.
+    pub fn slab(self) -> usize {
+        if self.step() == STEP_4BIT { 2 * SLAB } else { SLAB }
     }
 
     /// Whether there is a kernel that multiplies them as bfloat16, see `pair_dot`.
@@ -157,14 +169,37 @@ impl Shape {
         PANEL * 4 * (1 + usize::from(self.bias))
     }
 
-    /// Bytes of a panel, a multiple of 32.
-    pub fn panel_bytes(&self) -> usize {
+    /// Columns of a slab: whole groups, or all of so few that their forms stay in the first-level cache beside a panel.
+    pub(crate) fn slab(&self) -> usize {
+        if self.cols <= FEW {
+            return self.cols.max(1);
+        }
+        (self.code.slab() / self.group).max(1) * self.group
+    }
+
+    /// Bytes of so many columns, which begin where a group does.
+    fn bytes_of(&self, cols: usize) -> usize {
         let per_group = self.scale.bytes() + if self.code.zero_points() { PANEL } else { 0 };
         let steps = |cols: usize| cols.div_ceil(self.code.step());
-        let full = self.cols / self.group;
-        self.head()
-            + self.cols.div_ceil(self.group) * per_group
-            + (full * steps(self.group) + steps(self.cols % self.group)) * STEP_BYTES
+        cols.div_ceil(self.group) * per_group
+            + (cols / self.group * steps(self.group) + steps(cols % self.group)) * STEP_BYTES
+    }
+
+    /// Bytes of a panel, a multiple of 32.
+    pub fn panel_bytes(&self) -> usize {
+        self.head() + self.bytes_of(self.cols)
+    }
+
+    /// The bytes of a panel's slabs, its head being part of the first. Of two panels that are packed together they alternate,
+    /// the first one's, then the second one's.
+    pub fn slabs(&self) -> impl Iterator<Item = Range<usize>> {
+        let slab = self.slab();
+        let mut end = 0;
+        (0..self.cols).step_by(slab).map(move |k| {
+            let start = end;
+            end += self.bytes_of(slab.min(self.cols - k)) + if k == 0 { self.head() } else { 0 };
+            start..end
+        })
     }
 
     /// The same matrix as it suits an instruction set best: with VNNI, int8 takes exact activations in parts; with BF16,

@@ -23,30 +23,42 @@ pub(crate) const NEAR: usize = 64;
 /// Panels times `x[0 .. tokens]`.
 pub struct Job<'a> {
     /// The matrix.
-    pub shape: &'a Shape,
-    /// `shape.panel_bytes()` bytes, or of each of several panels. (What the micro-kernels see is one panel.)
-    pub panel: &'a [u8],
+    pub(crate) shape: &'a Shape,
+    /// See [`Job::new`].
+    pub(crate) panel: &'a [u8],
+    /// How many panels there are.
+    pub(crate) panels: usize,
     /// Rows of `shape.cols` elements, or the forms of them that the code asks for.
-    pub x: &'a [*const f32],
-    /// Results of each panel, one per element of `x`.
-    pub out: &'a mut [[f32; PANEL]],
+    pub(crate) x: &'a [*const f32],
+    /// Results of each panel, `each` rows apart, one per element of `x`.
+    pub(crate) out: &'a mut [[f32; PANEL]],
+    /// At least as many as `x` has elements.
+    pub(crate) each: usize,
 }
 
-impl Job<'_> {
-    /// How many panels there are.
-    #[inline(always)]
-    fn panels(&self) -> usize {
-        // No division for one, which is what there mostly is.
-        if self.out.len() == self.x.len() { 1 } else { self.out.len() / self.x.len() }
+impl<'a> Job<'a> {
+    /// Of one or several panels: `shape.panel_bytes()` bytes each, two and two as [`Shape::slabs`] says, with one result per
+    /// element of `x` for each of them.
+    pub fn new(shape: &'a Shape, panel: &'a [u8], x: &'a [*const f32], out: &'a mut [[f32; PANEL]]) -> Self {
+        // No division for one, which is what there mostly is where tokens are many.
+        let panels = if out.len() == x.len() { 1 } else { out.len() / x.len().max(1) };
+        Self { shape, panel, panels, x, out, each: x.len() }
     }
 
-    /// The part of one of `panels`.
+    /// The part of panels `i` and, if there is one, `i + 1`.
     #[inline(always)]
-    fn one(&mut self, panels: usize, i: usize) -> Job<'_> {
-        let bytes = if panels == 1 { self.panel.len() } else { self.panel.len() / panels };
-        let tokens = self.x.len();
-        let panel = &self.panel[i * bytes..][..bytes];
-        Job { shape: self.shape, panel, x: self.x, out: &mut self.out[i * tokens..][..tokens] }
+    fn two(&mut self, i: usize) -> Job<'_> {
+        let panels = (self.panels - i).min(2);
+        let bytes = self.panel.len() / self.panels;
+        let panel = &self.panel[i * bytes..][..panels * bytes];
+        Job { panel, panels, out: &mut self.out[i * self.each..], ..*self }
+    }
+
+    /// The part of these tokens, which read `x`.
+    #[inline(always)]
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn tokens<'b>(&'b mut self, start: usize, x: &'b [*const f32]) -> Job<'b> {
+        Job { x, out: &mut self.out[start..], ..*self }
     }
 }
 
@@ -96,9 +108,8 @@ macro_rules! entries {
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn entry<F: Format>(job: &mut Job<'_>) {
                 let _subnormals = F::SCALED.then(scaled::Subnormals::on);
-                let panels = job.panels();
-                for i in 0..panels {
-                    float::panel::<$isa, F>(&mut job.one(panels, i))
+                for i in (0..job.panels).step_by(2) {
+                    float::panel::<$isa, F>(&mut job.two(i))
                 }
             }
 
@@ -108,27 +119,24 @@ macro_rules! entries {
                 if nibble::lone::<$isa, F>(job) {
                     return;
                 }
-                let panels = job.panels();
-                for i in 0..panels {
-                    nibble::panel::<$isa, F>(&mut job.one(panels, i))
+                for i in (0..job.panels).step_by(2) {
+                    nibble::panel::<$isa, F>(&mut job.two(i))
                 }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn dots<F: Bytes>(job: &mut Job<'_>) {
-                let panels = job.panels();
-                for i in 0..panels {
-                    dot::panel::<$isa, F, 1>(&mut job.one(panels, i))
+                for i in (0..job.panels).step_by(2) {
+                    dot::panel::<$isa, F, 1>(&mut job.two(i))
                 }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn parts<F: Bytes>(job: &mut Job<'_>) {
-                let panels = job.panels();
-                for i in 0..panels {
-                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.one(panels, i))
+                for i in (0..job.panels).step_by(2) {
+                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.two(i))
                 }
             }
 
@@ -225,9 +233,10 @@ mod on_avx512_bf16 {
         if pair_dot::lone::<Avx512, F>(job) {
             return;
         }
-        let (panels, plain) = (job.panels(), kernel(&Shape { pairs: false, ..*job.shape }));
-        for i in 0..panels {
-            pair_dot::panel::<Avx512, F>(&mut job.one(panels, i), plain)
+        let shape = Shape { pairs: false, ..*job.shape };
+        let plain = kernel(&shape);
+        for i in (0..job.panels).step_by(2) {
+            pair_dot::panel::<Avx512, F>(&mut job.two(i), plain)
         }
     }
 
@@ -251,18 +260,16 @@ mod on_avx512_bf16 {
         if nibble::lone::<Avx512, F>(job) {
             return;
         }
-        let panels = job.panels();
-        for i in 0..panels {
-            nibble::panel::<Avx512, F>(&mut job.one(panels, i))
+        for i in (0..job.panels).step_by(2) {
+            nibble::panel::<Avx512, F>(&mut job.two(i))
         }
     }
 
     #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     #[allow(unsafe_op_in_unsafe_fn)]
     unsafe fn bytes<F: Bytes>(job: &mut Job<'_>) {
-        let panels = job.panels();
-        for i in 0..panels {
-            dot::panel::<Avx512, F, 1>(&mut job.one(panels, i))
+        for i in (0..job.panels).step_by(2) {
+            dot::panel::<Avx512, F, 1>(&mut job.two(i))
         }
     }
 

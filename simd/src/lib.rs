@@ -30,6 +30,7 @@ mod pair_format;
 pub mod pairs;
 mod rounding;
 pub mod scaled;
+mod slab;
 
 pub use activation::{Activation, sigmoid};
 pub use detect::CpuIsa;

@@ -12,11 +12,13 @@
 //! not depend on the instruction set, nor on which tokens are computed together.
 
 use crate::fixed::{BLOCK, HEAD, PARTS};
-use crate::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES};
+use crate::format::{GroupScale, Nibbles, PANEL, STEP_4BIT, STEP_BYTES, Shape};
 use crate::isa::Isa;
 use crate::kernel::{Job, PREFETCH, finish};
+use crate::slab::{self, Tile};
+use std::marker::PhantomData;
 
-/// A panel times the fixed-point forms `job.x`.
+/// One or two panels times the fixed-point forms `job.x`.
 ///
 /// # Safety
 ///
@@ -69,7 +71,7 @@ pub(crate) unsafe fn lone<I: Isa, F: Nibbles>(job: &mut Job<'_>) -> bool {
 }
 
 /// What [`tile`] computes for tokens `t .. t + M`, with sums in registers, if there are sixteen lanes and groups are usual ones;
-/// false if nothing was done. A lone token may have several panels.
+/// false if nothing was done. A lone token may have any number of panels.
 ///
 /// # Safety
 ///
@@ -78,7 +80,7 @@ pub(crate) unsafe fn lone<I: Isa, F: Nibbles>(job: &mut Job<'_>) -> bool {
 #[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn whole<I: Isa, F: Nibbles, const M: usize>(job: &mut Job<'_>, t: usize) -> bool {
     let (cols, group) = (job.shape.cols, job.shape.group);
-    if I::LANES != 16 || !cols.is_multiple_of(group) {
+    if I::LANES != 16 || !cols.is_multiple_of(BLOCK.min(group)) {
         return false;
     }
     match (job.shape.scale, group) {
@@ -96,32 +98,61 @@ unsafe fn whole<I: Isa, F: Nibbles, const M: usize>(job: &mut Job<'_>, t: usize)
 ///
 /// As for [`whole`].
 #[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+#[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn groups<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
     job: &mut Job<'_>,
     t: usize,
     scale: GroupScale,
 ) {
-    let shape = job.shape;
-    let zero = I::splat(0.0);
-    let start: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
-    let mut p = job.panel.as_ptr();
-    let count = if STEPS == 0 { shape.cols / shape.group } else { shape.cols / (STEPS * STEP_4BIT) };
-    let blocks = shape.group / BLOCK;
-    for out in job.out[t..].chunks_exact_mut(M).take(if M == 1 { usize::MAX } else { 1 }) {
-        let base = p;
-        p = p.add(shape.head());
-        let mut x = start;
-        let mut acc = [[zero; 2]; M];
-        for _ in 0..count {
+    let x = std::array::from_fn(|m| job.x[t + m].cast());
+    slab::panels(job, t, &Groups::<I, F, M, STEPS> { x, scale, kind: PhantomData })
+}
+
+/// Whole groups for `M` tokens, see [`groups`].
+struct Groups<I, F, const M: usize, const STEPS: usize> {
+    x: [*const u8; M],
+    /// That of the shape.
+    scale: GroupScale,
+    kind: PhantomData<(I, F)>,
+}
+
+impl<I: Isa, F: Nibbles, const M: usize, const STEPS: usize> Tile<M> for Groups<I, F, M, STEPS> {
+    type Sums = [[I::V; 2]; M];
+
+    #[inline(always)]
+    fn rows(&self) -> [*const u8; M] {
+        self.x
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn none(&self) -> Self::Sums {
+        [[I::splat(0.0); 2]; M]
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn slab(
+        &self,
+        shape: &Shape,
+        columns: usize,
+        at: &mut *const u8,
+        from: &mut [*const u8; M],
+        sum_of: &mut Self::Sums,
+    ) {
+        let (mut p, mut x, mut acc, scale) = (*at, *from, *sum_of, self.scale);
+        let group = if STEPS == 0 { shape.group } else { STEPS * STEP_4BIT };
+        let mut k = 0;
+        while k < columns {
             let scales = p;
             let zeros = p.add(scale.bytes());
             p = if F::ZERO { zeros.add(PANEL) } else { zeros };
-            let mut sum = [[zero; 2]; M];
+            let mut sum = [[I::splat(0.0); 2]; M];
             if STEPS > 0 {
                 sum = block::<I, F, M, STEPS>(&mut p, &mut x, zeros);
             } else {
-                for _ in 0..blocks {
+                // The last group may have fewer blocks.
+                for _ in (0..group.min(columns - k)).step_by(BLOCK) {
                     let y = block::<I, F, M, { BLOCK / STEP_4BIT }>(&mut p, &mut x, zeros);
                     for m in 0..M {
                         for v in 0..2 {
@@ -137,10 +168,17 @@ unsafe fn groups<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
                     acc[m][v] = I::add(acc[m][v], I::mul(sum[m][v], s));
                 }
             }
+            k += group;
         }
+        (*at, *from, *sum_of) = (p, x, acc);
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn finish(&self, shape: &Shape, head: *const u8, sums: &Self::Sums, out: &mut [[f32; PANEL]]) {
         for v in 0..2 {
             for m in 0..M {
-                finish::<I>(shape, base, v * I::LANES, acc[m][v], &mut out[m]);
+                finish::<I>(shape, head, v * I::LANES, sums[m][v], &mut out[m]);
             }
         }
     }
@@ -177,57 +215,88 @@ unsafe fn block<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
     y
 }
 
-/// All rows for tokens `t .. t + M`, `V` vectors of rows at a time, block by block, so that the panel is read in one go.
+/// All rows for tokens `t .. t + M`, `V` vectors of rows at a time, block by block, so that a slab is read in one go.
 ///
 /// # Safety
 ///
 /// As for [`panel`]; the tokens exist and `V * LANES` divides 32.
 #[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+#[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn tile<I: Isa, F: Nibbles, const M: usize, const V: usize>(job: &mut Job<'_>, t: usize, scale: GroupScale) {
-    let shape = job.shape;
-    let (cols, group) = (shape.cols, shape.group);
-    let base = job.panel.as_ptr();
-    let mut p = base.add(shape.head());
-    let mut x: [*const u8; M] = std::array::from_fn(|m| job.x[t + m].cast());
-    // Of the panel and of the group: in memory, since the registers are the block's.
-    let (mut acc, mut sum) = (Sums([[0f32; PANEL]; M]), Sums([[0f32; PANEL]; M]));
-    let mut k = 0;
-    while k < cols {
-        let len = group.min(cols - k);
-        let scales = p;
-        let zeros = p.add(scale.bytes());
-        p = if F::ZERO { zeros.add(PANEL) } else { zeros };
-        let mut left = len;
-        while left > 0 {
-            let steps = BLOCK.min(left).div_ceil(STEP_4BIT);
-            let mut at = Place { p, x: &x, scale, scales, zeros, sum: &mut sum.0, acc: &mut acc.0 };
-            // The common sizes are unrolled.
-            match (steps, left == len, left <= BLOCK) {
-                (4, true, true) => at.rows::<I, F, V, 4, SINGLE>(4),
-                (2, true, true) => at.rows::<I, F, V, 2, SINGLE>(2),
-                (_, true, true) => at.rows::<I, F, V, 0, SINGLE>(steps),
-                (_, _, false) => at.rows::<I, F, V, 4, INNER>(4),
-                (4, ..) => at.rows::<I, F, V, 4, LAST>(4),
-                (..) => at.rows::<I, F, V, 0, LAST>(steps),
-            }
-            p = p.add(steps * STEP_BYTES);
-            for x in &mut x {
-                *x = x.add(HEAD + steps * STEP_4BIT * PARTS);
-            }
-            left = left.saturating_sub(BLOCK);
-        }
-        k += len;
+    let x = std::array::from_fn(|m| job.x[t + m].cast());
+    slab::panels(job, t, &Blocks::<I, F, M, V> { x, scale, kind: PhantomData })
+}
+
+/// See [`tile`].
+struct Blocks<I, F, const M: usize, const V: usize> {
+    x: [*const u8; M],
+    /// That of the shape.
+    scale: GroupScale,
+    kind: PhantomData<(I, F)>,
+}
+
+impl<I: Isa, F: Nibbles, const M: usize, const V: usize> Tile<M> for Blocks<I, F, M, V> {
+    type Sums = Sums<M>;
+
+    #[inline(always)]
+    fn rows(&self) -> [*const u8; M] {
+        self.x
     }
-    for m in 0..M {
-        for at in (0..PANEL).step_by(I::LANES) {
-            finish::<I>(shape, base, at, I::load(acc.0[m].as_ptr().add(at)), &mut job.out[t + m]);
+
+    #[inline(always)]
+    unsafe fn none(&self) -> Sums<M> {
+        Sums([[0f32; PANEL]; M])
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn slab(&self, shape: &Shape, columns: usize, p: &mut *const u8, x: &mut [*const u8; M], acc: &mut Sums<M>) {
+        let scale = self.scale;
+        // Of the group: in memory like those of the panel, since the registers are the block's.
+        let mut sum = Sums([[0f32; PANEL]; M]);
+        let mut k = 0;
+        while k < columns {
+            let len = shape.group.min(columns - k);
+            let scales = *p;
+            let zeros = p.add(scale.bytes());
+            *p = if F::ZERO { zeros.add(PANEL) } else { zeros };
+            let mut left = len;
+            while left > 0 {
+                let steps = BLOCK.min(left).div_ceil(STEP_4BIT);
+                let mut at = Place { p: *p, x, scale, scales, zeros, sum: &mut sum.0, acc: &mut acc.0 };
+                // The common sizes are unrolled.
+                match (steps, left == len, left <= BLOCK) {
+                    (4, true, true) => at.rows::<I, F, V, 4, SINGLE>(4),
+                    (2, true, true) => at.rows::<I, F, V, 2, SINGLE>(2),
+                    (_, true, true) => at.rows::<I, F, V, 0, SINGLE>(steps),
+                    (_, _, false) => at.rows::<I, F, V, 4, INNER>(4),
+                    (4, ..) => at.rows::<I, F, V, 4, LAST>(4),
+                    (..) => at.rows::<I, F, V, 0, LAST>(steps),
+                }
+                *p = p.add(steps * STEP_BYTES);
+                for x in x.iter_mut() {
+                    *x = x.add(HEAD + steps * STEP_4BIT * PARTS);
+                }
+                left = left.saturating_sub(BLOCK);
+            }
+            k += len;
+        }
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn finish(&self, shape: &Shape, head: *const u8, acc: &Sums<M>, out: &mut [[f32; PANEL]]) {
+        for m in 0..M {
+            for at in (0..PANEL).step_by(I::LANES) {
+                finish::<I>(shape, head, at, I::load(acc.0[m].as_ptr().add(at)), &mut out[m]);
+            }
         }
     }
 }
 
 /// Sums per row, aligned: what crosses cache lines is not forwarded from a store to the next load.
 #[repr(align(64))]
+#[derive(Clone, Copy)]
 struct Sums<const M: usize>([[f32; PANEL]; M]);
 
 /// A block that is its whole group.

@@ -4,17 +4,19 @@
 //! A float32 sum takes two products at once, even and odd pairs of columns having a sum each where a step has several.
 //! The order depends on nothing but the matrix: any tile of tokens gives the same bits.
 
-use crate::format::{GroupScale, PANEL, STEP_BYTES};
+use crate::format::{GroupScale, PANEL, STEP_BYTES, Shape};
 use crate::isa::PairDots;
 use crate::kernel::{CHUNK, Job, PREFETCH, PanelFn, finish};
 use crate::pair_format::Pairs;
 use crate::pairs::HEAD;
+use crate::slab::{self, Tile};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Vectors of a panel's rows.
 const V: usize = 2;
 
-/// A panel times the rows `job.x`, in the form of `pairs`; `plain` is the kernel for those that are none.
+/// One or two panels times the rows `job.x`, in the form of `pairs`; `plain` is the kernel for those that are none.
 ///
 /// # Safety
 ///
@@ -51,7 +53,7 @@ unsafe fn runs<I: PairDots, F: Pairs>(job: &mut Job<'_>, plain: PanelFn, scale: 
             for (to, from) in x.iter_mut().zip(&job.x[t..end]) {
                 *to = from.add(HEAD);
             }
-            plain(&mut Job { shape: job.shape, panel: job.panel, x: &x[..end - t], out: &mut job.out[t..end] });
+            plain(&mut job.tokens(t, &x[..end - t]));
         }
         t = end;
     }
@@ -92,7 +94,8 @@ unsafe fn tokens<I: PairDots, F: Pairs>(job: &mut Job<'_>, mut t: usize, end: us
 #[allow(unsafe_op_in_unsafe_fn)]
 pub(crate) unsafe fn lone<I: PairDots, F: Pairs>(job: &mut Job<'_>) -> bool {
     let (cols, group) = (job.shape.cols, job.shape.group);
-    if job.x.len() != 1 || job.x[0].read() == 0.0 || !cols.is_multiple_of(group) || !group.is_multiple_of(F::STEP) {
+    let whole = if group.is_multiple_of(4 * F::STEP) { 4 * F::STEP } else { group };
+    if job.x.len() != 1 || job.x[0].read() == 0.0 || !cols.is_multiple_of(whole) || !group.is_multiple_of(F::STEP) {
         return false;
     }
     match (job.shape.scale, group / F::STEP) {
@@ -110,25 +113,49 @@ pub(crate) unsafe fn lone<I: PairDots, F: Pairs>(job: &mut Job<'_>) -> bool {
 ///
 /// As for [`lone`].
 #[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+#[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn groups<I: PairDots, F: Pairs, const STEPS: usize>(job: &mut Job<'_>, scale: GroupScale) {
-    let shape = job.shape;
-    let zero = I::splat(0.0);
-    let head = job.x[0].read();
-    let start = job.x[0].add(HEAD);
-    let mut p = job.panel.as_ptr();
-    let count = if STEPS == 0 { shape.cols / shape.group } else { shape.cols / (STEPS * F::STEP) };
-    let fours = shape.group / (4 * F::STEP);
-    for out in job.out.iter_mut() {
-        let base = p;
-        p = p.add(shape.head());
-        let mut x = [start];
-        let mut acc = [zero; V];
-        for _ in 0..count {
+    slab::panels(job, 0, &Groups::<I, F, STEPS>(Rows::of(job, 0, scale, true)))
+}
+
+/// See [`groups`].
+struct Groups<I, F, const STEPS: usize>(Rows<I, F, 1>);
+
+impl<I: PairDots, F: Pairs, const STEPS: usize> Tile<1> for Groups<I, F, STEPS> {
+    type Sums = [[I::V; V]; 1];
+
+    #[inline(always)]
+    fn rows(&self) -> [*const u8; 1] {
+        self.0.rows()
+    }
+
+    #[inline(always)]
+    unsafe fn none(&self) -> Self::Sums {
+        // SAFETY: as the caller promises.
+        unsafe { self.0.none() }
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn slab(
+        &self,
+        shape: &Shape,
+        columns: usize,
+        at: &mut *const u8,
+        from: &mut [*const u8; 1],
+        sum_of: &mut Self::Sums,
+    ) {
+        let (mut p, mut x, mut acc, scale) = (*at, [from[0].cast::<f32>()], *sum_of, self.0.scale);
+        let zero = I::splat(0.0);
+        let group = if STEPS == 0 { shape.group } else { STEPS * F::STEP };
+        let mut k = 0;
+        while k < columns {
             let scales = p;
             p = p.add(scale.bytes());
             let mut sums = [[[zero; V]; 1]; 2];
-            for _ in 0..if STEPS == 0 { fours } else { 1 } {
+            // The last group may have fewer, by fours, too.
+            let len = if STEPS == 0 { group.min(columns - k) } else { group };
+            for _ in (0..len).step_by(if STEPS == 0 { 4 * F::STEP } else { group }) {
                 for _ in 0..if STEPS == 0 { 4 } else { STEPS } {
                     let ahead = p.wrapping_add(F::AHEAD);
                     I::prefetch(ahead);
@@ -141,12 +168,17 @@ unsafe fn groups<I: PairDots, F: Pairs, const STEPS: usize>(job: &mut Job<'_>, s
             for v in 0..V {
                 let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, v * I::LANES) };
                 let sum = if F::STEP == 2 { sums[0][0][v] } else { I::add(sums[0][0][v], sums[1][0][v]) };
-                acc[v] = I::fma(sum, s, acc[v]);
+                acc[0][v] = I::fma(sum, s, acc[0][v]);
             }
+            k += len;
         }
-        for v in 0..V {
-            finish::<I>(shape, base, v * I::LANES, I::mul(acc[v], I::splat(head)), out);
-        }
+        (*at, from[0], *sum_of) = (p, x[0].cast(), acc);
+    }
+
+    #[inline(always)]
+    unsafe fn finish(&self, shape: &Shape, head: *const u8, acc: &Self::Sums, out: &mut [[f32; PANEL]]) {
+        // SAFETY: as the caller promises.
+        unsafe { self.0.finish(shape, head, acc, out) }
     }
 }
 
@@ -156,46 +188,106 @@ unsafe fn groups<I: PairDots, F: Pairs, const STEPS: usize>(job: &mut Job<'_>, s
 ///
 /// As for [`tokens`].
 #[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+#[allow(unsafe_op_in_unsafe_fn)]
 unsafe fn tile<I: PairDots, F: Pairs, const M: usize>(job: &mut Job<'_>, t: usize, scale: GroupScale, fetch: bool) {
-    let shape = job.shape;
-    let zero = I::splat(0.0);
-    let base = job.panel.as_ptr();
-    let mut p = base.add(shape.head());
-    let mut x: [*const f32; M] = std::array::from_fn(|m| job.x[t + m].add(HEAD));
-    // Results of single groups are added up in memory: the registers are the group's.
-    let mut acc = [[zero; V]; M];
-    let mut k = 0;
-    while k < shape.cols {
-        let len = shape.group.min(shape.cols - k);
-        let scales = p;
-        p = p.add(scale.bytes());
-        let mut sums = [[[zero; V]; M]; 2];
-        for _ in 0..len.div_ceil(F::STEP) {
-            if fetch {
-                let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
-                I::prefetch(ahead);
-                I::prefetch(ahead.wrapping_add(64));
-            }
-            step::<I, F, M>(p, &x, &mut sums);
-            p = p.add(STEP_BYTES);
-            for x in &mut x {
-                *x = x.add(F::STEP / 2);
-            }
-        }
-        for v in 0..V {
-            let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, v * I::LANES) };
-            for m in 0..M {
-                let sum = if F::STEP == 2 { sums[0][m][v] } else { I::add(sums[0][m][v], sums[1][m][v]) };
-                acc[m][v] = I::fma(sum, s, acc[m][v]);
-            }
-        }
-        k += len;
-    }
-    for v in 0..V {
+    slab::panels(job, t, &Rows::<I, F, M>::of(job, t, scale, fetch))
+}
+
+/// See [`tile`].
+struct Rows<I, F, const M: usize> {
+    /// The tokens' pairs, behind their heads.
+    x: [*const u8; M],
+    heads: [f32; M],
+    /// That of the shape.
+    scale: GroupScale,
+    /// Whether to ask for memory ahead.
+    fetch: bool,
+    kind: PhantomData<(I, F)>,
+}
+
+impl<I: PairDots, F: Pairs, const M: usize> Rows<I, F, M> {
+    /// Tokens `t .. t + M`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`tokens`].
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn of(job: &Job<'_>, t: usize, scale: GroupScale, fetch: bool) -> Self {
+        let (mut x, mut heads) = ([std::ptr::null(); M], [0f32; M]);
         for m in 0..M {
-            let y = I::mul(acc[m][v], I::splat(job.x[t + m].read()));
-            finish::<I>(shape, base, v * I::LANES, y, &mut job.out[t + m]);
+            heads[m] = job.x[t + m].read();
+            x[m] = job.x[t + m].add(HEAD).cast();
+        }
+        Self { x, heads, scale, fetch, kind: PhantomData }
+    }
+}
+
+impl<I: PairDots, F: Pairs, const M: usize> Tile<M> for Rows<I, F, M> {
+    type Sums = [[I::V; V]; M];
+
+    #[inline(always)]
+    fn rows(&self) -> [*const u8; M] {
+        self.x
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn none(&self) -> Self::Sums {
+        [[I::splat(0.0); V]; M]
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn slab(
+        &self,
+        shape: &Shape,
+        columns: usize,
+        at: &mut *const u8,
+        from: &mut [*const u8; M],
+        acc: &mut Self::Sums,
+    ) {
+        let (mut p, mut x, scale) = (*at, from.map(|x| x.cast::<f32>()), self.scale);
+        let mut k = 0;
+        while k < columns {
+            let len = shape.group.min(columns - k);
+            let scales = p;
+            p = p.add(scale.bytes());
+            let mut sums = [[[I::splat(0.0); V]; M]; 2];
+            for _ in 0..len.div_ceil(F::STEP) {
+                if self.fetch {
+                    let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
+                    I::prefetch(ahead);
+                    I::prefetch(ahead.wrapping_add(64));
+                }
+                step::<I, F, M>(p, &x, &mut sums);
+                p = p.add(STEP_BYTES);
+                for x in &mut x {
+                    *x = x.add(F::STEP / 2);
+                }
+            }
+            // Results of single groups are added up in memory: the registers are the group's.
+            for v in 0..V {
+                let s = if scale == GroupScale::None { I::splat(1.0) } else { scale.load::<I>(scales, v * I::LANES) };
+                for m in 0..M {
+                    let sum = if F::STEP == 2 { sums[0][m][v] } else { I::add(sums[0][m][v], sums[1][m][v]) };
+                    acc[m][v] = I::fma(sum, s, acc[m][v]);
+                }
+            }
+            k += len;
+        }
+        *at = p;
+        *from = x.map(|x| x.cast());
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn, clippy::needless_range_loop)]
+    unsafe fn finish(&self, shape: &Shape, head: *const u8, acc: &Self::Sums, out: &mut [[f32; PANEL]]) {
+        for v in 0..V {
+            for m in 0..M {
+                let y = I::mul(acc[m][v], I::splat(self.heads[m]));
+                finish::<I>(shape, head, v * I::LANES, y, &mut out[m]);
+            }
         }
     }
 }

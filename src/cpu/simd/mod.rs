@@ -26,6 +26,7 @@ use crate::weights::{ExpertWeights, MoeWeights, WeightError, WeightMatrix};
 pub use moe_oracle_simd::Rounding;
 use moe_oracle_simd::format::Shape;
 use moe_oracle_simd::kernel;
+use pack::Source;
 use rayon::prelude::*;
 
 /// Why weights cannot be packed.
@@ -102,7 +103,7 @@ pub struct SimdExperts {
     permuted: bool,
     /// Whether gate, if there is one, is packed as up is and reads the same input.
     together: bool,
-    /// Experts one after the other: gate and up panels alternating, then down panels.
+    /// Experts one after the other: gate and up panels in turn, then down panels, see `pack_expert`.
     packed: memmap2::Mmap,
     expert_bytes: usize,
     activation: Activation,
@@ -147,14 +148,15 @@ impl SimdExperts {
         // Fewer TLB misses where the system has huge pages to give; nothing depends on it.
         #[cfg(target_os = "linux")]
         let _ = packed.advise(memmap2::Advice::HugePage);
+        let permuted = orders.iter().any(|o| o.gate.is_some() || o.up.is_some());
+        let together = !permuted && gate.as_ref().is_none_or(|g| g.shape == up.shape);
         packed.par_chunks_mut(expert_bytes).zip(&weights.experts).zip(&orders).for_each(|((out, expert), orders)| {
-            pack_expert(expert, orders, gate.as_ref(), &up, &down, out);
+            pack_expert(expert, orders, gate.as_ref(), &up, &down, together, out);
         });
         let packed = packed.make_read_only().map_err(memory)?;
-        let permuted = orders.iter().any(|o| o.gate.is_some() || o.up.is_some());
         Ok(Self {
             permuted,
-            together: !permuted && gate.as_ref().is_none_or(|g| g.shape == up.shape),
+            together,
             gate,
             up,
             down,
@@ -207,29 +209,50 @@ fn inverse(order: &[u32]) -> Vec<u32> {
     inverse
 }
 
+/// Gate and up panels in turn, two and two (`together`) or one by one, then down panels two and two.
 fn pack_expert(
     expert: &ExpertWeights,
     orders: &Orders,
     gate: Option<&Projection>,
     up: &Projection,
     down: &Projection,
+    together: bool,
     out: &mut [u8],
 ) {
+    let mut room = vec![0; 2 * up.panel_bytes.max(down.panel_bytes).max(gate.map_or(0, |g| g.panel_bytes))];
     let mut rest = out;
-    let mut next = |shape: &Shape| {
-        let (panel, tail) = std::mem::take(&mut rest).split_at_mut(shape.panel_bytes());
+    let mut next = |of: &[(&Source<'_>, usize)], p: &Projection| {
+        let bytes = of.len() * p.panel_bytes;
+        let (to, tail) = std::mem::take(&mut rest).split_at_mut(bytes);
+        pack::panels(of, &p.shape, &mut room[..bytes], to);
         rest = tail;
-        panel
     };
-    for i in 0..up.shape.panels() {
-        if let (Some(g), Some(m)) = (gate, &expert.gate) {
-            pack::panel(m, &g.shape, expert.gate_bias.as_deref(), orders.gate.as_deref(), i, next(&g.shape));
+    let of_up = Source { matrix: &expert.up, bias: expert.up_bias.as_deref(), order: orders.up.as_deref() };
+    match (gate, &expert.gate) {
+        (Some(gate), Some(matrix)) => {
+            let of_gate = Source { matrix, bias: expert.gate_bias.as_deref(), order: orders.gate.as_deref() };
+            for i in 0..up.shape.panels() {
+                if together {
+                    next(&[(&of_gate, i), (&of_up, i)], up);
+                } else {
+                    next(&[(&of_gate, i)], gate);
+                    next(&[(&of_up, i)], up);
+                }
+            }
         }
-        pack::panel(&expert.up, &up.shape, expert.up_bias.as_deref(), orders.up.as_deref(), i, next(&up.shape));
+        _ => two_and_two(up.shape.panels(), |of| next(of, up), &of_up),
     }
     let order = orders.down.as_deref().map(inverse);
-    for i in 0..down.shape.panels() {
-        let out = next(&down.shape);
-        pack::panel(&expert.down, &down.shape, expert.down_bias.as_deref(), order.as_deref(), i, out);
+    let of_down = Source { matrix: &expert.down, bias: expert.down_bias.as_deref(), order: order.as_deref() };
+    two_and_two(down.shape.panels(), |of| next(of, down), &of_down);
+}
+
+/// All panels of a projection, two at a time.
+fn two_and_two(panels: usize, mut next: impl FnMut(&[(&Source<'_>, usize)]), of: &Source<'_>) {
+    for i in (0..panels).step_by(2) {
+        match i + 1 < panels {
+            true => next(&[(of, i), (of, i + 1)]),
+            false => next(&[(of, i)]),
+        }
     }
 }

@@ -55,7 +55,8 @@ pub(super) fn shape(m: &WeightMatrix, bias: bool, rounding: Rounding) -> Result<
         Scales::Group { ty: HalfType::F16, .. } => GroupScale::F16,
         Scales::Group { ty: HalfType::Bf16, .. } => GroupScale::Bf16,
     };
-    let group = m.group_cols().min(m.cols);
+    // Where nothing changes along K, nothing but sums knows of groups, which then are no larger than a slab.
+    let group = if scale == GroupScale::None { code.slab() } else { m.group_cols() }.min(m.cols);
     Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias, rounding, pairs: false })
 }
 
@@ -105,6 +106,32 @@ fn put_scale(m: &WeightMatrix, shape: &Shape, row: usize, g: usize, lane: usize,
             out[2 * lane..][..2].copy_from_slice(&s.to_le_bytes());
         }
         _ => {}
+    }
+}
+
+/// One projection of an expert.
+pub(super) struct Source<'a> {
+    pub(super) matrix: &'a WeightMatrix,
+    pub(super) bias: Option<&'a [f32]>,
+    /// Columns in the order in which they are packed, where that is not their own.
+    pub(super) order: Option<&'a [u32]>,
+}
+
+/// Packs one panel or two of the shape, each the `index`th of a source, one after the other into `out` or, if there are two,
+/// their parts alternating. `room` has as many bytes as `out`.
+pub(super) fn panels(of: &[(&Source<'_>, usize)], shape: &Shape, room: &mut [u8], out: &mut [u8]) {
+    room.fill(0);
+    let bytes = room.len() / of.len();
+    for ((source, index), to) in of.iter().zip(room.chunks_exact_mut(bytes)) {
+        panel(source.matrix, shape, source.bias, source.order, *index, to);
+    }
+    let mut rest = out;
+    for part in shape.slabs() {
+        for panel in room.chunks_exact(bytes) {
+            let (to, tail) = std::mem::take(&mut rest).split_at_mut(part.len());
+            to.copy_from_slice(&panel[part.clone()]);
+            rest = tail;
+        }
     }
 }
 

@@ -12,6 +12,11 @@ use std::ops::Range;
 /// Panels of a matrix that one of several threads takes at most.
 pub(super) const PANELS: usize = 8;
 
+/// Panels of a matrix, `each` of which lie side by side, that begin and end where packed panels do: these are two and two.
+pub(super) fn unit(each: usize) -> usize {
+    2 / each
+}
+
 /// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least.
 const ROWS: usize = 64;
 
@@ -31,7 +36,8 @@ fn zeros<'a>(room: &'a mut Room, segment: &Segment, panels: &Range<usize>, each:
 fn parts(segment: &Segment, panels: Range<usize>, each: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let (start, len) = (segment.start as usize, segment.len as usize);
     // A panel that several calls need stays in the cache meanwhile.
-    let at_once = if len > CHUNK { 1 } else { ROWS / (each * len) };
+    let unit = unit(each);
+    let at_once = if len > CHUNK { unit } else { ROWS / (each * len) / unit * unit };
     let end = panels.end;
     panels.step_by(at_once).flat_map(move |panel| {
         let panels = panel..end.min(panel + at_once);
@@ -51,8 +57,7 @@ impl SimdExperts {
     pub(super) fn first(&self, call: &ExpertsCall<'_>, segment: &Segment, panels: Range<usize>, to: &Parts) {
         let expert = segment.expert as usize;
         let orders = &self.orders[expert];
-        // Gate and up panels alternate.
-        let each = if self.gate.is_some() { 2 } else { 1 };
+        let each = self.side_by_side();
         let mut room = [MaybeUninit::uninit(); ROWS];
         let room = zeros(&mut room, segment, &panels, each);
         for (tokens, panels) in parts(segment, panels, each) {

@@ -3,7 +3,7 @@
 //!
 //! That tasks do not race rests on what [`Executor::run`] promises: each index once, all done when it returns.
 
-use super::panels::PANELS;
+use super::panels::{PANELS, unit};
 use super::{Projection, SimdExperts};
 use crate::cpu::{Executor, Experts, ExpertsCall, Segment, SingleThread, padded};
 use crate::platform::CpuIsa;
@@ -76,6 +76,11 @@ impl SimdExperts {
             false => (0, first),
         };
         &all[start + panels.start * each..][..panels.len() * each]
+    }
+
+    /// Panels of the first projections that belong to the same rows: gate's and up's.
+    pub(super) fn side_by_side(&self) -> usize {
+        if self.gate.is_some() { 2 } else { 1 }
     }
 
     /// Panics unless every index of the call lies within its slice and segments do not overlap.
@@ -270,16 +275,24 @@ pub(super) unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], ou
     debug_assert_eq!(panel.len() * x.len(), p.panel_bytes * out.len());
     // SAFETY: `new` checked the instruction set and chose the kernel by the shape's code; callers pass panels that
     // `panels` cut to the shape's size, and as many results of each as rows.
-    unsafe { (p.kernel)(&mut Job { shape: &p.shape, panel, x, out }) }
+    unsafe { (p.kernel)(&mut Job::new(&p.shape, panel, x, out)) }
 }
 
-/// Runs `task` for all panels of all segments, several at a time where enough tasks for all threads are left.
-fn tasks(call: &ExpertsCall<'_>, panels: usize, pool: &dyn Executor, task: &(dyn Fn(&Segment, Range<usize>) + Sync)) {
-    let each = (call.segments.len() * panels / (TASKS_PER_THREAD * pool.threads().max(1))).clamp(1, PANELS);
-    let parts = panels.div_ceil(each);
+/// Runs `task` for all panels of all segments, `unit` of which stay together, several at a time where enough tasks for all
+/// threads are left.
+fn tasks(
+    call: &ExpertsCall<'_>,
+    panels: usize,
+    unit: usize,
+    pool: &dyn Executor,
+    task: &(dyn Fn(&Segment, Range<usize>) + Sync),
+) {
+    let units = panels.div_ceil(unit);
+    let each = (call.segments.len() * units / (TASKS_PER_THREAD * pool.threads().max(1))).clamp(1, PANELS / unit);
+    let parts = units.div_ceil(each);
     pool.run(call.segments.len() * parts, &|i| {
         let start = i % parts * each;
-        task(&call.segments[i / parts], start..panels.min(start + each));
+        task(&call.segments[i / parts], start * unit..panels.min((start + each) * unit));
     });
 }
 
@@ -310,11 +323,13 @@ impl Experts for SimdExperts {
             return pool
                 .run(1, &|_| call.segments.iter().for_each(|segment| self.expert(&call, segment, &parts, output)));
         }
-        tasks(&call, self.up.shape.panels(), pool, &|segment, panels| self.first(&call, segment, panels, &parts));
+        tasks(&call, self.up.shape.panels(), unit(self.side_by_side()), pool, &|segment, panels| {
+            self.first(&call, segment, panels, &parts)
+        });
         if parts.formed_mid.stride > 0 {
             rows(n, self.intermediate(), &|a| self.form_mid(a, &parts));
         }
-        tasks(&call, self.down.shape.panels(), pool, &|segment, panels| {
+        tasks(&call, self.down.shape.panels(), unit(1), pool, &|segment, panels| {
             self.second(&call, segment, panels, &parts, output);
         });
     }

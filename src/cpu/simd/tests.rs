@@ -361,14 +361,7 @@ fn every_code_decodes_exactly() {
             // The scaled form of 1: 2^119 and what it takes back to 2^120.
             let x = [2f32, 2f32.powi(119)];
             // SAFETY: the instruction set was checked, the panel packed for the shape, x and out have one row.
-            unsafe {
-                kernel::kernel(isa, &shape)(&mut kernel::Job {
-                    shape: &shape,
-                    panel: &bytes,
-                    x: &[x.as_ptr()],
-                    out: &mut out,
-                })
-            };
+            unsafe { kernel::kernel(isa, &shape)(&mut kernel::Job::new(&shape, &bytes, &[x.as_ptr()], &mut out)) };
             for (c, y) in codes.iter().zip(&out[0]) {
                 assert_eq!(*y, number::E4M3[usize::from(*c)], "code {c:#x} {}", isa.name());
             }

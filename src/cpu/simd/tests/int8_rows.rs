@@ -68,7 +68,8 @@ fn times_row(m: &WeightMatrix, shape: &Shape, x: &[f32], isa: CpuIsa) -> Vec<f32
         let mut panel = vec![0; shape.panel_bytes()];
         pack::panel(m, shape, None, order.as_deref(), i, &mut panel);
         let mut out = [[f32::NAN; format::PANEL]];
-        let mut job = kernel::Job { shape, panel: &panel, x: &[row.as_ptr()], out: &mut out };
+        let x = [row.as_ptr()];
+        let mut job = kernel::Job::new(shape, &panel, &x, &mut out);
         // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
         unsafe { kernel::kernel(isa, shape)(&mut job) };
         y.extend(out[0]);

@@ -142,7 +142,8 @@ fn four_bit_zero_points_have_a_limit() {
         pack::panel(&m, &shape, None, None, 0, &mut bytes);
         for isa in instruction_sets() {
             let (x, mut out) = (form(&x, None, shape.group, isa), [[0f32; format::PANEL]]);
-            let mut job = kernel::Job { shape: &shape, panel: &bytes, x: &[x.as_ptr()], out: &mut out };
+            let x = [x.as_ptr()];
+            let mut job = kernel::Job::new(&shape, &bytes, &x, &mut out);
             // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
             unsafe { kernel::kernel(isa, &shape)(&mut job) };
             for (r, y) in out[0].iter().enumerate() {

@@ -19,7 +19,8 @@ fn product(isa: CpuIsa, x: &[f32]) -> Vec<f32> {
     let mut bytes = vec![0; shape.panel_bytes()];
     pack::panel(&m, &shape, None, None, 0, &mut bytes);
     let (x, mut out) = (form(x, None, isa), [[0f32; format::PANEL]]);
-    let mut job = kernel::Job { shape: &shape, panel: &bytes, x: &[x.as_ptr()], out: &mut out };
+    let x = [x.as_ptr()];
+    let mut job = kernel::Job::new(&shape, &bytes, &x, &mut out);
     // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
     unsafe { kernel::kernel(isa, &shape)(&mut job) };
     out[0].to_vec()
