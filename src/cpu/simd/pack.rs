@@ -56,7 +56,8 @@ pub(super) fn shape(m: &WeightMatrix, bias: bool, rounding: Rounding) -> Result<
         Scales::Group { ty: HalfType::Bf16, .. } => GroupScale::Bf16,
     };
     // Where nothing changes along K, nothing but sums knows of groups, which then are no larger than a slab.
-    let group = if scale == GroupScale::None { code.slab() } else { m.group_cols() }.min(m.cols);
+    let same = scale == GroupScale::None && !code.zero_points();
+    let group = if same { code.slab() } else { m.group_cols() }.min(m.cols);
     Ok(Shape { rows: m.rows, cols: m.cols, group, code, scale, bias, rounding, pairs: false })
 }
 

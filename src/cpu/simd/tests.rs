@@ -315,6 +315,19 @@ fn sizes_of_real_models() {
     check(Kind::Group(Elem::U4, 128, true, true), 256, 2688, Activation::SILU, false, 3);
 }
 
+/// Of more columns than stay in the first-level cache panels lie two and two, their columns alternating.
+#[test]
+fn columns_of_several_slabs() {
+    for (i, kind) in KINDS.into_iter().enumerate() {
+        check(kind, 1184, 96, Activation::SILU, i % 2 == 0, 41 + i as u64);
+        check(kind, 64, 1184, Activation::Relu2NoMul, i % 2 == 1, 43 + i as u64);
+    }
+    for kind in [Kind::Bf16, Kind::Row(Elem::E4m3), Kind::Block(128), Kind::Row(Elem::Int8)] {
+        check(kind, 1037, 33, Activation::SILU, true, 44);
+        check(kind, 33, 1037, Activation::SiluNoMul, false, 45);
+    }
+}
+
 #[test]
 fn sizes_that_nothing_divides() {
     let whole = [

@@ -240,6 +240,7 @@ fn sizes_that_nothing_divides() {
         check_rounded(Kind::Group(Elem::U8, 7, true, true), 42, 14, Activation::Gelu, false, 26, rounding);
         check_rounded(Kind::Mxfp4, 2880, 96, Activation::SWIGLU_OAI, true, 1, rounding);
         check_rounded(Kind::Nvfp4, 176, 80, Activation::SWIGLU_OAI, true, 36, rounding);
+        check_rounded(Kind::Row(Elem::Int8), 1184, 1184, Activation::SILU, false, 37, rounding);
     }
 }
 
