@@ -4,9 +4,9 @@
 // The plan sorts assignments (token, slot) by local expert: a counting sort of one block, or, for many, of several that
 // count their parts first, in whatever order within an expert, which no result depends on. In the batched format they are
 // sorted as they lie, and only moved together where rows are wanted. Then it lists tiles of at most
-// `tile` assignments of one expert, in the order of experts or of their tiles' size, and fills the rest of the list, whose length the host knows
-// only as a bound, with -1. An expert's tiles are as equal as multiples of kGranularity allow: a small one costs nearly as
-// much as a large one.
+// `tile` assignments of one expert, in the order of experts or of their tiles' size, and fills the rest of the list, whose
+// length the host knows only as a bound, with -1. An expert's tiles are as equal as multiples of kGranularity allow: a small
+// one costs nearly as much as a large one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
