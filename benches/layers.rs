@@ -1,7 +1,7 @@
 //! Whole layers. `layer`: the backend that selection takes, in every format, small enough to stay in a cache: for changes
 //! of the code. `cold`: one thread on a layer of Qwen3-30B-A3B's sizes with half of its experts, far larger than a cache,
-//! with routing that changes from call to call; after each figure a line says what shares of the read bandwidth and of the
-//! peaks it is, which were measured first in the same run. `moe-oracle bench` does that for more models and threads.
+//! with routing that changes from call to call; after each figure a line says what shares it is of the bandwidth of reads
+//! in turn with the calls and of the peaks, which were measured first in the same run. `moe-oracle bench` does that for more models and threads.
 
 mod common;
 #[path = "../src/bin/moe-oracle/failure.rs"]
@@ -76,7 +76,7 @@ fn route(call: usize, tokens: usize) -> Vec<i32> {
 }
 
 fn cold(c: &mut Criterion) {
-    let limits = Limits::measure(1).expect("limits");
+    let (limits, reader) = Limits::measure(&SingleThread).expect("limits");
     let int8 = limits.int8_gops.map_or(String::new(), |p| format!(", {p:.0} GOP/s int8"));
     println!(
         "limits with one thread: {:.1} GB/s read, {:.0} GFLOP/s float32{int8}",
@@ -97,7 +97,7 @@ fn cold(c: &mut Criterion) {
                 let hit = routes.iter().map(|ids| ids.iter().collect::<BTreeSet<_>>().len()).sum::<usize>() / 16;
                 let (bytes, flops) = (hit * expert_bytes, 6 * tokens * COLD.topk * COLD.hidden * COLD.intermediate);
                 let mut workspace = vec![0u8; kernel.workspace_bytes(tokens)];
-                let (mut call, mut times) = (0, Vec::new());
+                let (mut call, mut times, mut reads) = (0, Vec::new(), Vec::new());
                 group.throughput(Throughput::Bytes(bytes as u64));
                 group.bench_function(BenchmarkId::from_parameter(tokens), |b| {
                     b.iter_custom(|calls| {
@@ -112,20 +112,22 @@ fn cold(c: &mut Criterion) {
                             let time = start.elapsed();
                             total += time;
                             times.push(time.as_secs_f64() * 1e9);
+                            reads.push(reader.read_gbps(bytes as f64, &SingleThread));
                         }
                         total
                     })
                 });
                 // None where a filter on the command line left this one out.
                 times.sort_by(f64::total_cmp);
-                if let Some(ns) = times.get(times.len() / 2) {
+                reads.sort_by(f64::total_cmp);
+                if let (Some(ns), Some(read)) = (times.get(times.len() / 2), reads.get(reads.len() / 2)) {
                     let (gbps, gflops) = (bytes as f64 / ns, flops as f64 / ns);
                     let share = |have: f64, peak: f64| format!("{:.0} %", 100.0 * have / peak);
                     let int8 = limits.int8_gops.map_or("-".into(), |p| share(gflops, p));
                     println!(
-                        "{:<24}median: {} of the read bandwidth, {} of the float32 peak, {int8} of the int8 peak",
+                        "{:<24}median: {} of {read:.1} GB/s read in turn, {} of the float32 peak, {int8} of the int8 peak",
                         "",
-                        share(gbps, limits.read_gbps),
+                        share(gbps, *read),
                         share(gflops, limits.f32_gflops)
                     );
                 }

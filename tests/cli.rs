@@ -165,7 +165,7 @@ fn bench_writes_rows_and_a_plot() {
     assert_eq!(rows.len(), 24);
     for row in rows {
         let want = "preset scheme weight_key activation_key backend device threads tokens distinct_experts us floor_us ratio gbps gflops \
-                    read_share f32_share int8_share";
+                    read_limit_gbps read_share f32_share int8_share";
         assert_eq!(keys(row), want.split(' ').map(String::from).collect(), "{row}");
         assert_eq!((&row["backend"], &row["threads"]), (&Value::from("cpu_reference"), &Value::from(2)));
         // Null where the processor has no VNNI.
@@ -174,7 +174,9 @@ fn bench_writes_rows_and_a_plot() {
         let distinct = row["distinct_experts"].as_f64().unwrap();
         assert!(if row["tokens"] == 1 { distinct == 2.0 } else { distinct > 2.0 && distinct <= 8.0 }, "{row}");
         assert!(
-            ["us", "floor_us", "ratio", "read_share", "f32_share"].iter().all(|k| row[k].as_f64().unwrap() > 0.0),
+            ["us", "floor_us", "ratio", "read_limit_gbps", "read_share", "f32_share"]
+                .iter()
+                .all(|k| row[k].as_f64().unwrap() > 0.0),
             "{row}"
         );
     }

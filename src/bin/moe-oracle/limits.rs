@@ -2,9 +2,12 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::machine;
+use memmap2::MmapMut;
+use moe_oracle::cpu::Executor;
 use moe_oracle::platform::CpuIsa;
 use std::hint::black_box;
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// The limits with a number of threads.
@@ -21,11 +24,13 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Measures all; about a second.
-    pub fn measure(threads: usize) -> Outcome<Self> {
-        Ok(Self {
+    /// Measures all, about a second, with as many threads as the pool has; and what reads on the pool go on with.
+    pub fn measure(pool: &dyn Executor) -> Outcome<(Self, Reader)> {
+        let threads = pool.threads();
+        let (way, read_gbps) = fastest_read(threads)?;
+        let limits = Self {
             threads,
-            read_gbps: read_gbps(threads)?,
+            read_gbps,
             f32_gflops: peak(threads, multiply_add)?,
             int8_gops: match CpuIsa::detect() {
                 #[cfg(target_arch = "x86_64")]
@@ -33,7 +38,8 @@ impl Limits {
                 CpuIsa::Avx512Vnni | CpuIsa::Avx512Bf16 => Some(peak(threads, || unsafe { dot_vnni() })?),
                 _ => None,
             },
-        })
+        };
+        Ok((limits, Reader::new(way, pool)?))
     }
 
     /// The least microseconds that reading `bytes` and computing `flops` can take when they overlap fully.
@@ -53,10 +59,14 @@ struct Span {
 /// down.
 const PASSES: usize = 8;
 
-/// Runs `work` (with the pass's number) on every thread after `prepare` and returns the best pass's work per nanosecond,
+/// Runs `work` (with the pass's number) on every thread after `prepare` and returns each pass's work per nanosecond,
 /// from the first thread's start to the last one's end. All threads begin a pass together: their start-up would
 /// otherwise be measured on machines with many cores.
-fn rate<T>(threads: usize, prepare: impl Fn() -> T + Sync, work: impl Fn(&T, usize) -> f64 + Sync) -> Outcome<f64> {
+fn rates<T>(
+    threads: usize,
+    prepare: impl Fn() -> T + Sync,
+    work: impl Fn(&T, usize) -> f64 + Sync,
+) -> Outcome<Vec<f64>> {
     let (prepare, work) = (&prepare, &work);
     let barrier = &Barrier::new(threads);
     let pass = move |prepared: &T, pass: usize| {
@@ -78,38 +88,112 @@ fn rate<T>(threads: usize, prepare: impl Fn() -> T + Sync, work: impl Fn(&T, usi
         let (start, end) = (spans.iter().map(|s| s[p].start).min()?, spans.iter().map(|s| s[p].end).max()?);
         Some(spans.iter().map(|s| s[p].work).sum::<f64>() / (end - start).as_nanos().max(1) as f64)
     });
-    Ok(rates.fold(0.0, f64::max))
+    Ok(rates.collect())
 }
 
 const MIB: usize = 1 << 20;
 
 /// Bytes per nanosecond that `threads` threads read together.
 pub fn read_gbps(threads: usize) -> Outcome<f64> {
-    // Far beyond any last-level cache, also where many cores share many of them; but no more than the machine has.
-    let room = machine::memory_available().map_or(usize::MAX, |m| m / 4);
-    let total = (64 * MIB * threads).clamp(512 * MIB, 8192 * MIB).min(room.max(64 * MIB));
-    let len = (total / threads / 8).next_multiple_of(STREAMS * LANES);
-    // Each thread touches its own part first, so that its pages lie on the thread's memory node. Pages are huge where
-    // the system has some, as those of packed weights are.
-    let prepare = || -> std::io::Result<memmap2::MmapMut> {
-        let mut buffer = memmap2::MmapMut::map_anon(8 * len)?;
-        #[cfg(target_os = "linux")]
-        let _ = buffer.advise(memmap2::Advice::HugePage);
-        buffer.chunks_exact_mut(8).zip(0u64..).for_each(|(to, i)| to.copy_from_slice(&i.to_ne_bytes()));
+    Ok(fastest_read(threads)?.1)
+}
+
+/// How memory is read, and how fast it was.
+fn fastest_read(threads: usize) -> Outcome<(Way, f64)> {
+    let len = (room(threads) / threads).next_multiple_of(8 * STREAMS * LANES);
+    // Each thread touches its own part first, so that its pages lie on the thread's memory node.
+    let prepare = || -> std::io::Result<MmapMut> {
+        let mut buffer = memory(len)?;
+        touch(&mut buffer);
         Ok(buffer)
     };
-    let best = rate(threads, prepare, |buffer, pass| {
+    let rates = rates(threads, prepare, |buffer, pass| {
         let Ok(buffer) = buffer else { return 0.0 };
-        // A mapping starts at a page, so that all of it is there as numbers.
-        let (_, numbers, _) = bytemuck::pod_align_to::<u8, u64>(black_box(buffer));
-        // Some machines read one stream faster than several, others the other way round; with vectors likewise.
-        let widest = pass / 2 % 2 == 0;
-        black_box(if pass % 2 == 0 { sum::<1>(numbers, widest) } else { sum::<STREAMS>(numbers, widest) });
-        (numbers.len() * 8) as f64
+        black_box(Way::of(pass).sum(numbers(black_box(buffer))));
+        buffer.len() as f64
     })?;
-    match best {
-        0.0 => Err(Failure::said(format_args!("no memory to measure with: {} MiB were asked for", total / MIB))),
-        best => Ok(best),
+    match rates.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)) {
+        Some((pass, best)) if *best > 0.0 => Ok((Way::of(pass), *best)),
+        _ => Err(Failure::said(format_args!("no memory to measure with: {} MiB were asked for", len * threads / MIB))),
+    }
+}
+
+/// Bytes to read: far beyond any last-level cache, also where many cores share many of them; but no more than the machine has.
+fn room(threads: usize) -> usize {
+    let available = machine::memory_available().map_or(usize::MAX, |m| m / 4);
+    (64 * MIB * threads).clamp(512 * MIB, 8192 * MIB).min(available.max(64 * MIB))
+}
+
+/// Untouched memory, in huge pages where the system has some, as packed weights are.
+fn memory(len: usize) -> std::io::Result<MmapMut> {
+    let buffer = MmapMut::map_anon(len)?;
+    #[cfg(target_os = "linux")]
+    let _ = buffer.advise(memmap2::Advice::HugePage);
+    Ok(buffer)
+}
+
+/// Fills memory with numbers.
+fn touch(buffer: &mut [u8]) {
+    buffer.chunks_exact_mut(8).zip(0u64..).for_each(|(to, i)| to.copy_from_slice(&i.to_ne_bytes()));
+}
+
+/// A mapping, or a part of one that starts at a page: all of it is there as numbers.
+fn numbers(buffer: &[u8]) -> &[u64] {
+    bytemuck::pod_align_to::<u8, u64>(buffer).1
+}
+
+/// Memory that is read in turn with what it is a limit of, so that both meet the same neighbours on a shared machine.
+pub struct Reader {
+    buffer: MmapMut,
+    way: Way,
+    /// The chunk that comes next.
+    next: AtomicUsize,
+}
+
+/// What a thread reads before it takes more.
+const CHUNK: usize = 4 * MIB;
+/// The least that a [`Reader`] reads at once.
+const LEAST: usize = 64 * MIB;
+
+impl Reader {
+    fn new(way: Way, pool: &dyn Executor) -> Outcome<Self> {
+        let len = room(pool.threads()).next_multiple_of(CHUNK);
+        let mut buffer =
+            memory(len).map_err(|e| Failure::said(format_args!("{} MiB to measure with: {e}", len / MIB)))?;
+        touch(&mut buffer);
+        Ok(Self { buffer, way, next: AtomicUsize::new(0) })
+    }
+
+    /// Reads from the memory of `bytes` in all, at least [`LEAST`], but no more than what there is; returns bytes per nanosecond.
+    pub fn read_gbps(&self, bytes: f64, pool: &dyn Executor) -> f64 {
+        let all = self.buffer.len() / CHUNK;
+        let chunks = ((bytes as usize).max(LEAST) / CHUNK).min(all);
+        let first = self.next.fetch_add(chunks, Ordering::Relaxed);
+        let start = Instant::now();
+        pool.run(chunks, &|i| {
+            let chunk = &self.buffer[(first + i) % all * CHUNK..][..CHUNK];
+            black_box(self.way.sum(numbers(black_box(chunk))));
+        });
+        (chunks * CHUNK) as f64 / start.elapsed().as_nanos().max(1) as f64
+    }
+}
+
+/// How to read: some machines read one stream faster than several, others the other way round; with vectors likewise.
+#[derive(Clone, Copy)]
+struct Way {
+    streams: bool,
+    widest: bool,
+}
+
+impl Way {
+    /// That of a pass.
+    fn of(pass: usize) -> Self {
+        Self { streams: pass % 2 == 1, widest: pass / 2 % 2 == 0 }
+    }
+
+    /// Adds up everything.
+    fn sum(self, numbers: &[u64]) -> u64 {
+        if self.streams { sum::<STREAMS>(numbers, self.widest) } else { sum::<1>(numbers, self.widest) }
     }
 }
 
@@ -177,7 +261,7 @@ fn peak(threads: usize, burst: impl Fn() -> f64 + Sync) -> Outcome<f64> {
         }
         flops
     };
-    rate(threads, || (), work)
+    Ok(rates(threads, || (), work)?.into_iter().fold(0.0, f64::max))
 }
 
 /// A burst of multiply-adds; returns how many operations it did.

@@ -5,7 +5,7 @@ use super::report::{self, Bounds, Machine, Report, Row};
 use super::weights::{self, Format};
 use super::{Args, Session};
 use crate::failure::{Failure, Outcome};
-use crate::limits::Limits;
+use crate::limits::{Limits, Reader};
 use crate::machine;
 use crate::presets::Preset;
 use moe_oracle::cpu::ThreadPool;
@@ -21,14 +21,14 @@ pub fn run(args: &Args, session: &mut Session) -> Outcome<Report> {
     let pool =
         ThreadPool::new(threads).map_err(|e| Failure::said(format_args!("{threads} threads can't be started: {e}")))?;
     session.say("limits of the machine");
-    let bounds = Bounds::Cpu(Limits::measure(threads)?);
+    let (limits, reader) = Limits::measure(&pool)?;
     session.step(1);
     let machine =
         Machine { cpu: machine::cpu_model(), cores: machine::cores(), isa: CpuIsa::detect().name().into(), gpu: None };
-    let mut report = Report { machine, limits: bounds, skew: args.skew, rows: Vec::new() };
+    let mut report = Report { machine, limits: Bounds::Cpu(limits), skew: args.skew, rows: Vec::new() };
     for preset in session.presets.clone() {
         for format in session.formats.clone() {
-            format_rows(args, session, preset, format, &pool, &mut report)?;
+            format_rows(args, session, preset, format, (&pool, &reader), &mut report)?;
         }
     }
     Ok(report)
@@ -40,7 +40,7 @@ fn format_rows(
     session: &mut Session,
     preset: &'static Preset,
     format: &'static Format,
-    pool: &ThreadPool,
+    (pool, reader): (&ThreadPool, &Reader),
     report: &mut Report,
 ) -> Outcome {
     let platform = Platform::cpu();
@@ -52,13 +52,13 @@ fn format_rows(
     let expert_bytes = weights::expert_bytes(&weights);
     let quant = oracle.quant_config(&config, &weights).map_err(Failure::said)?;
     let packed = oracle.convert(kernel, &config, &platform, weights).map_err(Failure::said)?;
-    let layer = measure::Layer::new(packed, quant, &config)?;
+    let layer = measure::Layer::new(packed, quant, &config, expert_bytes)?;
     session.step(1);
     let served = report::Served { preset, format, oracle, backend: kernel.name, device: "cpu".into(), expert_bytes };
     for tokens in &args.tokens {
         let tokens = *tokens as usize;
         session.say(format!("{}: {} with {tokens} tokens", preset.name, format.name));
-        report.rows.push(Row::new(&served, &report.limits, layer.time(tokens, args.skew, pool)?, None));
+        report.rows.push(Row::new(&served, &report.limits, layer.time(tokens, args.skew, pool, reader)?, None));
         session.step(1);
     }
     Ok(())

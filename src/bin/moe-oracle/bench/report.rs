@@ -155,10 +155,12 @@ pub struct Row {
     pub gpu: Option<GpuRow>,
 }
 
-/// Shares of what the processor did at best in the same run.
+/// Shares of what the processor did in the same run.
 #[derive(Serialize)]
 pub struct Shares {
-    /// Of the bytes read per time.
+    /// Bytes per nanosecond that reads in turn with the calls reached: what the floor is computed with.
+    pub read_limit_gbps: f64,
+    /// Of those.
     pub read_share: f64,
     /// Of the float32 operations per time. Kernels that multiply integers can be beyond 1.
     pub f32_share: f64,
@@ -169,7 +171,8 @@ pub struct Shares {
 impl Shares {
     fn of(limits: &Limits, gbps: f64, gflops: f64) -> Self {
         let (read_share, f32_share) = (rounded(gbps / limits.read_gbps), rounded(gflops / limits.f32_gflops));
-        Self { read_share, f32_share, int8_share: limits.int8_gops.map(|peak| rounded(gflops / peak)) }
+        let read_limit_gbps = rounded(limits.read_gbps);
+        Self { read_limit_gbps, read_share, f32_share, int8_share: limits.int8_gops.map(|peak| rounded(gflops / peak)) }
     }
 }
 
@@ -229,13 +232,14 @@ impl Row {
         let eight = |bits| QuantKey::from_bits(bits).is_some_and(|k| k.elem_bits() == 8);
         let eight_bits =
             matches!(oracle.scheme, Scheme::Fp8 | Scheme::Int8) && eight(oracle.weight) && eight(oracle.activation);
-        let floor_us = bounds.floor_us(bytes, flops, eight_bits);
-        let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
-        let (gbps, gflops) = (bytes / timed.us / 1e3, flops / timed.us / 1e3);
-        let shares = match bounds {
-            Bounds::Cpu(limits) => Some(Shares::of(limits, gbps, gflops)),
+        let cpu = match bounds {
+            Bounds::Cpu(limits) => Some(Limits { read_gbps: timed.read_gbps.unwrap_or(limits.read_gbps), ..*limits }),
             Bounds::Gpu(_) => None,
         };
+        let floor_us = cpu.map_or_else(|| bounds.floor_us(bytes, flops, eight_bits), |l| l.floor_us(bytes, flops));
+        let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
+        let (gbps, gflops) = (bytes / timed.us / 1e3, flops / timed.us / 1e3);
+        let shares = cpu.map(|limits| Shares::of(&limits, gbps, gflops));
         Self {
             preset: preset.name,
             scheme: format.name,
@@ -277,7 +281,9 @@ pub fn print(out: &mut Out, presets: &[&Preset], report: &Report, notes: &[Strin
         ))?;
         let rows = || report.rows.iter().filter(|r| r.preset == p.name);
         out.line(match report.limits {
-            Bounds::Cpu(_) => format!("{COMMON_TITLE} {:>9} {:>6} {:>6} {:>6}", "GFLOP/s", "read", "f32", "int8"),
+            Bounds::Cpu(_) => {
+                format!("{COMMON_TITLE} {:>9} {:>6} {:>6} {:>6} {:>6}", "GFLOP/s", "limit", "read", "f32", "int8")
+            }
             Bounds::Gpu(_) => format!(
                 "{COMMON_TITLE} {:>8} {:>8} {:>6} {:>6} {:>6} {:>10} {:>9} {:>5} {:>6}  peer",
                 "TFLOP/s", "host us", "calls", "copies", "warm", "workspace", "peer us", "ours/", "ratio"
@@ -288,7 +294,10 @@ pub fn print(out: &mut Out, presets: &[&Preset], report: &Report, notes: &[Strin
     if matches!(report.limits, Bounds::Cpu(_)) {
         out.line("")?;
         out.line(
-            "read, f32, int8: shares of the limits above; kernels that multiply integers can be beyond the float32 one",
+            "limit: GB/s that reads in turn with the calls reached, of which the floor is and, as a share, `read`;",
+        )?;
+        out.line(
+            "f32, int8: shares of the limits above; kernels that multiply integers can be beyond the float32 one",
         )?;
     }
     if matches!(report.limits, Bounds::Gpu(_)) {
@@ -331,7 +340,7 @@ impl Row {
         let Some(g) = &r.gpu else {
             let shares = r.shares.as_ref().map_or(String::new(), |s| {
                 let int8 = s.int8_share.map_or(format!("{:>6}", "-"), percent);
-                format!(" {} {} {int8}", percent(s.read_share), percent(s.f32_share))
+                format!(" {:>6.1} {} {} {int8}", s.read_limit_gbps, percent(s.read_share), percent(s.f32_share))
             });
             return format!("{common} {:>9.1}{shares}", r.gflops);
         };
@@ -389,7 +398,7 @@ mod tests {
         let format = &super::super::weights::FORMATS[0];
         let oracle = format.oracle().unwrap();
         let served = Served { preset, format, oracle, backend: "b", device: "cuda:0".into(), expert_bytes: 1_000_000 };
-        let timed = || Timed { tokens: 4, threads: 1, us: 5.0, distinct_experts: 8.0 };
+        let timed = || Timed { tokens: 4, threads: 1, us: 5.0, distinct_experts: 8.0, read_gbps: None };
         let extra = GpuRow {
             host_us: 7.0,
             calls: 6,

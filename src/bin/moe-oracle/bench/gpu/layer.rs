@@ -133,7 +133,7 @@ impl Layer {
         let distinct_experts = hits as f64 / count as f64;
         Ok(GpuTimed {
             // The one thread that launches.
-            timed: Timed { tokens, threads: 1, us: replay_us / count as f64, distinct_experts },
+            timed: Timed { tokens, threads: 1, us: replay_us / count as f64, distinct_experts, read_gbps: None },
             host_us,
             calls: count,
             warm_share: cold::warm_share(&reads, expert_bytes, cache),
