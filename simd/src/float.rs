@@ -22,6 +22,35 @@ struct Rows<I, F, const M: usize, const V: usize> {
     kind: PhantomData<(I, F)>,
 }
 
+impl<I: Isa, F: Format, const M: usize, const V: usize> Rows<I, F, M, V> {
+    /// A whole step, and past it.
+    ///
+    /// # Safety
+    ///
+    /// As for [`step`].
+    #[inline(always)]
+    #[allow(unsafe_op_in_unsafe_fn)]
+    unsafe fn step(
+        &self,
+        fetch: bool,
+        p: &mut *const u8,
+        zeros: &[I::V; V],
+        x: &mut [*const f32; M],
+        sums: &mut [[[I::V; V]; M]; 2],
+    ) {
+        if fetch {
+            let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
+            I::prefetch(ahead);
+            I::prefetch(ahead.wrapping_add(64));
+        }
+        step::<I, F, M, V>(*p, self.row, zeros, x, sums);
+        *p = p.add(STEP_BYTES);
+        for x in x {
+            *x = x.add(F::STEP);
+        }
+    }
+}
+
 impl<I: Isa, F: Format, const M: usize, const V: usize> Tile<M> for Rows<I, F, M, V> {
     type Sums = [[I::V; V]; M];
 
@@ -62,18 +91,16 @@ impl<I: Isa, F: Format, const M: usize, const V: usize> Tile<M> for Rows<I, F, M
                 p = p.add(PANEL);
             }
             let mut sums = [[[zero; V]; M]; 2];
-            for _ in 0..len / F::STEP {
-                if self.fetch {
-                    let ahead = p.wrapping_add(if M > 1 { PREFETCH } else { F::AHEAD });
-                    I::prefetch(ahead);
-                    I::prefetch(ahead.wrapping_add(64));
+            let mut steps = len / F::STEP;
+            // Of few tokens a step is short: four without a branch between them keep more loads under way.
+            while M <= 2 && I::LANES == 16 && self.fetch && steps >= 4 {
+                for _ in 0..4 {
+                    self.step(true, &mut p, &zeros, &mut x, &mut sums);
                 }
-                step::<I, F, M, V>(p, row, &zeros, &x, &mut sums);
-                p = p.add(STEP_BYTES);
-                for m in 0..M {
-                    x[m] = x[m].add(F::STEP);
-                }
-                k += F::STEP;
+                steps -= 4;
+            }
+            for _ in 0..steps {
+                self.step(self.fetch, &mut p, &zeros, &mut x, &mut sums);
             }
             let rest = len % F::STEP;
             if rest > 0 {
@@ -89,8 +116,8 @@ impl<I: Isa, F: Format, const M: usize, const V: usize> Tile<M> for Rows<I, F, M
                 }
                 step::<I, F, M, V>(p, row, &zeros, &tail_x, &mut sums);
                 p = p.add(STEP_BYTES);
-                k += rest;
             }
+            k += len;
             // Results of single groups are added up in memory: the registers are the group's.
             for v in 0..V {
                 let s =

@@ -45,10 +45,17 @@ impl<'a> Job<'a> {
         Self { shape, panel, panels, x, out, each: x.len() }
     }
 
-    /// The part of panels `i` and, if there is one, `i + 1`.
+    /// How many panels a kernel takes at once: of several tokens two, which stay in the cache from tile to tile; of a lone one all,
+    /// for between two loops the processor runs out of loads that are under way.
     #[inline(always)]
-    fn two(&mut self, i: usize) -> Job<'_> {
-        let panels = (self.panels - i).min(2);
+    fn at_once(&self) -> usize {
+        if self.x.len() == 1 { self.panels.max(1) } else { 2 }
+    }
+
+    /// The part of panels from `i` on, [`at_once`](Self::at_once) at most.
+    #[inline(always)]
+    fn from(&mut self, i: usize) -> Job<'_> {
+        let panels = (self.panels - i).min(self.at_once());
         let bytes = self.panel.len() / self.panels;
         let panel = &self.panel[i * bytes..][..panels * bytes];
         Job { panel, panels, out: &mut self.out[i * self.each..], ..*self }
@@ -108,8 +115,8 @@ macro_rules! entries {
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn entry<F: Format>(job: &mut Job<'_>) {
                 let _subnormals = F::SCALED.then(scaled::Subnormals::on);
-                for i in (0..job.panels).step_by(2) {
-                    float::panel::<$isa, F>(&mut job.two(i))
+                for i in (0..job.panels).step_by(job.at_once()) {
+                    float::panel::<$isa, F>(&mut job.from(i))
                 }
             }
 
@@ -119,24 +126,24 @@ macro_rules! entries {
                 if nibble::lone::<$isa, F>(job) {
                     return;
                 }
-                for i in (0..job.panels).step_by(2) {
-                    nibble::panel::<$isa, F>(&mut job.two(i))
+                for i in (0..job.panels).step_by(job.at_once()) {
+                    nibble::panel::<$isa, F>(&mut job.from(i))
                 }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn dots<F: Bytes>(job: &mut Job<'_>) {
-                for i in (0..job.panels).step_by(2) {
-                    dot::panel::<$isa, F, 1>(&mut job.two(i))
+                for i in (0..job.panels).step_by(job.at_once()) {
+                    dot::panel::<$isa, F, 1>(&mut job.from(i))
                 }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn parts<F: Bytes>(job: &mut Job<'_>) {
-                for i in (0..job.panels).step_by(2) {
-                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.two(i))
+                for i in (0..job.panels).step_by(job.at_once()) {
+                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.from(i))
                 }
             }
 
@@ -235,8 +242,8 @@ mod on_avx512_bf16 {
         }
         let shape = Shape { pairs: false, ..*job.shape };
         let plain = kernel(&shape);
-        for i in (0..job.panels).step_by(2) {
-            pair_dot::panel::<Avx512, F>(&mut job.two(i), plain)
+        for i in (0..job.panels).step_by(job.at_once()) {
+            pair_dot::panel::<Avx512, F>(&mut job.from(i), plain)
         }
     }
 
@@ -260,16 +267,16 @@ mod on_avx512_bf16 {
         if nibble::lone::<Avx512, F>(job) {
             return;
         }
-        for i in (0..job.panels).step_by(2) {
-            nibble::panel::<Avx512, F>(&mut job.two(i))
+        for i in (0..job.panels).step_by(job.at_once()) {
+            nibble::panel::<Avx512, F>(&mut job.from(i))
         }
     }
 
     #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     #[allow(unsafe_op_in_unsafe_fn)]
     unsafe fn bytes<F: Bytes>(job: &mut Job<'_>) {
-        for i in (0..job.panels).step_by(2) {
-            dot::panel::<Avx512, F, 1>(&mut job.two(i))
+        for i in (0..job.panels).step_by(job.at_once()) {
+            dot::panel::<Avx512, F, 1>(&mut job.from(i))
         }
     }
 

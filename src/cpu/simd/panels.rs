@@ -94,6 +94,30 @@ impl SimdExperts {
         }
     }
 
+    /// All of down for a lone token, where rows of the output are whole panels: the kernel writes them in place. These lines are
+    /// mostly in no cache, and a kernel that reads for microseconds between two of them does not wait for that.
+    ///
+    /// # Safety
+    ///
+    /// No other thread reads or writes the output.
+    pub(super) unsafe fn second_in_place(
+        &self,
+        call: &ExpertsCall<'_>,
+        segment: &Segment,
+        from: &Parts,
+        output: Shared,
+    ) {
+        let (start, panels) = (segment.start as usize, self.down.shape.panels());
+        debug_assert_eq!((segment.len, panels * PANEL), (1, self.hidden()));
+        let row = output.row(call.assignments[start].output_row as usize, self.hidden());
+        // SAFETY: `check` saw that the output has this row, which is as many panels, and the caller promises that nobody else uses
+        // it meanwhile.
+        let out = unsafe { std::slice::from_raw_parts_mut(row.cast::<[f32; PANEL]>(), panels) };
+        let bytes = self.panels(segment.expert as usize, 0..panels, true);
+        // SAFETY: the row was written as a whole, or its form, before, and nobody writes it now.
+        unsafe { multiply(&self.down, bytes, &[self.formed_mid(from).row(start)], out) };
+    }
+
     /// Rows of down, of these panels.
     pub(super) fn second(
         &self,

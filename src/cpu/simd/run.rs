@@ -216,14 +216,23 @@ impl SimdExperts {
 
     /// All that an expert does, by one thread: its memory is one stretch, from gate's first panel to down's last, and what lies
     /// in scratch between them is still in the cache.
-    fn expert(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
+    ///
+    /// # Safety
+    ///
+    /// No other thread reads or writes the output.
+    unsafe fn expert(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
         let start = segment.start as usize;
         let parts = Parts { mid: parts.mid.from(start), formed_mid: parts.formed_mid.from(start), ..*parts };
         self.first(call, segment, 0..self.up.shape.panels(), &parts);
         if parts.formed_mid.stride > 0 {
             (start..start + segment.len as usize).for_each(|a| self.form_mid(a, &parts));
         }
-        self.second(call, segment, 0..self.down.shape.panels(), &parts, output);
+        let panels = self.down.shape.panels();
+        if segment.len == 1 && self.hidden() == panels * PANEL {
+            // SAFETY: the caller's promise.
+            return unsafe { self.second_in_place(call, segment, &parts, output) };
+        }
+        self.second(call, segment, 0..panels, &parts, output);
     }
 
     /// Brings the activation's results of an assignment into the form that down reads.
@@ -320,8 +329,12 @@ impl Experts for SimdExperts {
         }
         if pool.threads() == 1 {
             // One task, for what is in scratch is each expert's in turn.
-            return pool
-                .run(1, &|_| call.segments.iter().for_each(|segment| self.expert(&call, segment, &parts, output)));
+            return pool.run(1, &|_| {
+                for segment in call.segments {
+                    // SAFETY: the output is borrowed by this call alone, and this is its only task.
+                    unsafe { self.expert(&call, segment, &parts, output) };
+                }
+            });
         }
         tasks(&call, self.up.shape.panels(), unit(self.side_by_side()), pool, &|segment, panels| {
             self.first(&call, segment, panels, &parts)
