@@ -49,7 +49,7 @@ impl<'a> Job<'a> {
     /// for between two loops the processor runs out of loads that are under way.
     #[inline(always)]
     fn at_once(&self) -> usize {
-        if self.x.len() == 1 { self.panels.max(1) } else { 2 }
+        if self.x.len() <= 2 { self.panels.max(1) } else { 2 }
     }
 
     /// The part of panels from `i` on, [`at_once`](Self::at_once) at most.

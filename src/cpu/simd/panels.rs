@@ -18,7 +18,7 @@ pub(super) fn unit(each: usize) -> usize {
 }
 
 /// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least.
-const ROWS: usize = 64;
+const ROWS: usize = 192;
 
 /// A call's room for results, on the stack.
 type Room = [MaybeUninit<[f32; PANEL]>; ROWS];
