@@ -7,10 +7,10 @@
 //! three signed parts, q = 2^14 * p2 + 2^7 * p1 + p0, each from -64 to 64.
 //!
 //! A block lies in memory as its scale (float32), the sum of its q (int32) and, per 4 columns, 4 bytes of p2, of p1 and
-//! of p0. For int8 weights (`WIDE` below) the sum is that of each of p2, p1 and p0, times -128, which takes off the weights'
-//! offset. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
+//! of p0. The sum is times what takes off the weights' offset: -12 for e2m1, -8 for 4-bit integers without zero points; with
+//! these it is the bare sum. For int8 weights (`WIDE` below) it is that of each of p2, p1 and p0, times -128. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
 
-use crate::format::STEP_4BIT;
+use crate::format::{Code, E2m1, Nibbles, STEP_4BIT, Shape, U4};
 use crate::int8::BYTES_STEP;
 use std::ops::Range;
 
@@ -35,18 +35,27 @@ const fn sizes<const WIDE: bool>() -> (usize, usize) {
     if WIDE { (WIDE_HEAD, BYTES_STEP) } else { (HEAD, STEP_4BIT) }
 }
 
-/// The form of the row whose column `i` is `x[i]`, or `x[order[i]]`, for weights with such groups, into `out`, which is
-/// [`len`] long.
+/// What a block's sum is multiplied with.
+fn start(code: Code) -> i32 {
+    match code {
+        Code::E2m1 => -E2m1::OFFSET,
+        Code::U4 => -U4::OFFSET,
+        Code::Int8Rows => -128,
+        _ => 1,
+    }
+}
+
+/// The form of the row whose column `i` is `x[i]`, or `x[order[i]]`, into `out`, which is [`len`] long.
 #[inline(always)]
-pub(crate) fn row<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, group: usize, out: &mut [f32]) {
-    let (head, step) = sizes::<WIDE>();
+pub(crate) fn row<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
+    let ((head, step), start_of, group) = (sizes::<WIDE>(), start(shape.code), shape.group);
     let mut out = bytemuck::cast_slice_mut::<f32, u8>(out);
     for start in (0..x.len()).step_by(group) {
         let end = (start + group).min(x.len());
         for at in (start..end).step_by(BLOCK) {
             let n = BLOCK.min(end - at);
             let (this, rest) = out.split_at_mut(head + n.next_multiple_of(step) * PARTS);
-            block::<WIDE>(x, order, at..at + n, this);
+            block::<WIDE>(x, order, at..at + n, start_of, this);
             out = rest;
         }
     }
@@ -55,7 +64,7 @@ pub(crate) fn row<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, group: usi
 /// The block of these columns, padded with zeros as `out` is long. Loops run over whole steps, their number unknown to
 /// the compiler, which vectorises them for that.
 #[inline(always)]
-fn block<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, columns: Range<usize>, out: &mut [u8]) {
+fn block<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, columns: Range<usize>, start: i32, out: &mut [u8]) {
     // 1.5 * 2^23: adding it rounds to nearest and leaves the integer in the low bits.
     const MAGIC: f32 = 12_582_912.0;
     let (head, body) = out.split_at_mut(sizes::<WIDE>().0);
@@ -90,10 +99,10 @@ fn block<const WIDE: bool>(x: &[f32], order: Option<&[u32]>, columns: Range<usiz
     if WIDE {
         for (part, head) in parts.iter().zip(head[4..].chunks_exact_mut(4)) {
             let sum: i32 = part.iter().map(|p| i32::from(*p)).sum();
-            head.copy_from_slice(&(-128 * sum).to_ne_bytes());
+            head.copy_from_slice(&(start * sum).to_ne_bytes());
         }
     } else {
-        head[4..].copy_from_slice(&i32::to_ne_bytes(sum));
+        head[4..].copy_from_slice(&i32::to_ne_bytes(start * sum));
     }
     for (k, four) in body.chunks_exact_mut(4 * PARTS).enumerate() {
         for (part, four) in parts.iter().zip(four.chunks_exact_mut(4)) {

@@ -79,7 +79,7 @@ impl Code {
 pub enum Form {
     /// Nothing: it stays as it is.
     Plain,
-    /// Fixed point, see `fixed`; depends on the group's size.
+    /// Fixed point, see `fixed`; depends on the group's size and on the code.
     Fixed,
     /// The same for int8 weights.
     FixedWide,
@@ -250,11 +250,8 @@ impl Shape {
     /// Whether kernels of both shapes read the same form of a row.
     pub fn form_like(&self, other: &Self) -> bool {
         match (self.form(), other.form()) {
-            (Form::Fixed, Form::Fixed) | (Form::FixedWide, Form::FixedWide) => self.group == other.group,
-            (Form::Int8, Form::Int8) | (Form::Pairs, Form::Pairs) => {
-                (self.group, self.code) == (other.group, other.code)
-            }
-            (a, b) => a == b,
+            (Form::Plain, Form::Plain) | (Form::Scaled, Form::Scaled) => true,
+            (a, b) => a == b && (self.group, self.code) == (other.group, other.code),
         }
     }
 

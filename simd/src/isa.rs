@@ -66,6 +66,14 @@ pub(crate) trait Isa: Copy {
     unsafe fn four(p: *const u8) -> Self::Bytes;
     /// Nothing summed yet.
     unsafe fn no_products() -> Self::Products;
+    /// Whether sums of products have 32 bits, one per row, so that they can begin with any number.
+    const WIDE_SUMS: bool = false;
+    /// The int32 at `p` in every sum, if these have so many bits; otherwise 0.
+    #[inline(always)]
+    unsafe fn products(_p: *const u8) -> Self::Products {
+        // SAFETY: as the caller promises.
+        unsafe { Self::no_products() }
+    }
     /// Adds the products of unsigned bytes and signed ones. The caller sees to it that 16 bits hold two products of a
     /// row, and half of all that are ever summed of it.
     unsafe fn add_products(sums: Self::Products, unsigned: Self::Bytes, signed: Self::Bytes) -> Self::Products;

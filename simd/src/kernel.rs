@@ -45,17 +45,18 @@ impl<'a> Job<'a> {
         Self { shape, panel, panels, x, out, each: x.len() }
     }
 
-    /// How many panels a kernel takes at once: of several tokens two, which stay in the cache from tile to tile; of a lone one all,
-    /// for between two loops the processor runs out of loads that are under way.
+    /// How many panels a kernel takes at once: where one tile reads them once, for one or two tokens, all, for between two loops the
+    /// processor runs out of loads that are under way; otherwise two, which stay in the cache from tile to tile.
     #[inline(always)]
-    fn at_once(&self) -> usize {
-        if self.x.len() <= 2 { self.panels.max(1) } else { 2 }
+    fn at_once<I: Isa>(&self) -> usize {
+        let one_tile = self.x.len() <= if I::LANES == 16 { 2 } else { 1 };
+        if one_tile { self.panels.max(1) } else { 2 }
     }
 
-    /// The part of panels from `i` on, [`at_once`](Self::at_once) at most.
+    /// The part of up to `n` panels from `i` on.
     #[inline(always)]
-    fn from(&mut self, i: usize) -> Job<'_> {
-        let panels = (self.panels - i).min(self.at_once());
+    fn part(&mut self, i: usize, n: usize) -> Job<'_> {
+        let panels = n.min(self.panels - i);
         let bytes = self.panel.len() / self.panels;
         let panel = &self.panel[i * bytes..][..panels * bytes];
         Job { panel, panels, out: &mut self.out[i * self.each..], ..*self }
@@ -115,8 +116,9 @@ macro_rules! entries {
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn entry<F: Format>(job: &mut Job<'_>) {
                 let _subnormals = F::SCALED.then(scaled::Subnormals::on);
-                for i in (0..job.panels).step_by(job.at_once()) {
-                    float::panel::<$isa, F>(&mut job.from(i))
+                let n = job.at_once::<$isa>();
+                for i in (0..job.panels).step_by(n) {
+                    float::panel::<$isa, F>(&mut job.part(i, n))
                 }
             }
 
@@ -126,24 +128,27 @@ macro_rules! entries {
                 if nibble::lone::<$isa, F>(job) {
                     return;
                 }
-                for i in (0..job.panels).step_by(job.at_once()) {
-                    nibble::panel::<$isa, F>(&mut job.from(i))
+                let n = job.at_once::<$isa>();
+                for i in (0..job.panels).step_by(n) {
+                    nibble::panel::<$isa, F>(&mut job.part(i, n))
                 }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn dots<F: Bytes>(job: &mut Job<'_>) {
-                for i in (0..job.panels).step_by(job.at_once()) {
-                    dot::panel::<$isa, F, 1>(&mut job.from(i))
+                let n = job.at_once::<$isa>();
+                for i in (0..job.panels).step_by(n) {
+                    dot::panel::<$isa, F, 1>(&mut job.part(i, n))
                 }
             }
 
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn parts<F: Bytes>(job: &mut Job<'_>) {
-                for i in (0..job.panels).step_by(job.at_once()) {
-                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.from(i))
+                let n = job.at_once::<$isa>();
+                for i in (0..job.panels).step_by(n) {
+                    dot::panel::<$isa, F, { fixed::PARTS }>(&mut job.part(i, n))
                 }
             }
 
@@ -180,12 +185,12 @@ macro_rules! entries {
 
             $(#[target_feature(enable = $feature)])?
             unsafe fn fix(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
-                fixed::row::<false>(x, order, shape.group, out)
+                fixed::row::<false>(x, order, shape, out)
             }
 
             $(#[target_feature(enable = $feature)])?
             unsafe fn fix_wide(x: &[f32], order: Option<&[u32]>, shape: &Shape, out: &mut [f32]) {
-                fixed::row::<true>(x, order, shape.group, out)
+                fixed::row::<true>(x, order, shape, out)
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -242,8 +247,9 @@ mod on_avx512_bf16 {
         }
         let shape = Shape { pairs: false, ..*job.shape };
         let plain = kernel(&shape);
-        for i in (0..job.panels).step_by(job.at_once()) {
-            pair_dot::panel::<Avx512, F>(&mut job.from(i), plain)
+        let n = job.at_once::<Avx512>();
+        for i in (0..job.panels).step_by(n) {
+            pair_dot::panel::<Avx512, F>(&mut job.part(i, n), plain)
         }
     }
 
@@ -267,16 +273,18 @@ mod on_avx512_bf16 {
         if nibble::lone::<Avx512, F>(job) {
             return;
         }
-        for i in (0..job.panels).step_by(job.at_once()) {
-            nibble::panel::<Avx512, F>(&mut job.from(i))
+        let n = job.at_once::<Avx512>();
+        for i in (0..job.panels).step_by(n) {
+            nibble::panel::<Avx512, F>(&mut job.part(i, n))
         }
     }
 
     #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     #[allow(unsafe_op_in_unsafe_fn)]
     unsafe fn bytes<F: Bytes>(job: &mut Job<'_>) {
-        for i in (0..job.panels).step_by(job.at_once()) {
-            dot::panel::<Avx512, F, 1>(&mut job.from(i))
+        let n = job.at_once::<Avx512>();
+        for i in (0..job.panels).step_by(n) {
+            dot::panel::<Avx512, F, 1>(&mut job.part(i, n))
         }
     }
 

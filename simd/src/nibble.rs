@@ -200,13 +200,8 @@ unsafe fn block<I: Isa, F: Nibbles, const M: usize, const STEPS: usize>(
     let mut y = [[I::splat(0.0); 2]; M];
     for m in 0..M {
         let scale = I::each::<0>(x[m].cast());
-        let sum = x[m].add(4).cast::<i32>().read();
         for v in 0..2 {
-            let total = I::total(sums[m][v]);
-            let total = match F::ZERO {
-                true => I::corrected(total, I::u8_int(zeros.add(v * I::LANES)), I::splat_int(sum)),
-                false => I::corrected(total, I::splat_int(1), I::splat_int(F::OFFSET * sum)),
-            };
+            let total = total::<I, F>(sums[m][v], zeros.wrapping_add(v * I::LANES), x[m]);
             y[m][v] = I::mul(I::to_float(total), scale);
         }
         x[m] = x[m].add(HEAD + STEPS * STEP_4BIT * PARTS);
@@ -344,13 +339,9 @@ impl<const M: usize> Place<'_, M> {
             let mut y = [[I::splat(0.0); V]; M];
             for m in 0..M {
                 let scale = I::each::<0>(x[m].cast());
-                let sum = I::splat_int(x[m].add(4).cast::<i32>().read());
                 for v in 0..V {
-                    let zero = match F::ZERO {
-                        true => I::u8_int(self.zeros.add(row + v * I::LANES)),
-                        false => I::splat_int(F::OFFSET),
-                    };
-                    y[m][v] = I::mul(I::to_float(I::corrected(I::total(sums[m][v]), zero, sum)), scale);
+                    let total = total::<I, F>(sums[m][v], self.zeros.wrapping_add(row + v * I::LANES), x[m]);
+                    y[m][v] = I::mul(I::to_float(total), scale);
                 }
             }
             for v in 0..V {
@@ -374,7 +365,25 @@ impl<const M: usize> Place<'_, M> {
     }
 }
 
-/// The sums of products of a block.
+/// The sum of each row's products, the weights' offset taken off.
+///
+/// # Safety
+///
+/// As for [`dot`], which gave `sums` of the block whose form is at `x`; `zeros` are these rows' zero points, where the format has
+/// some.
+#[inline(always)]
+#[allow(unsafe_op_in_unsafe_fn)]
+unsafe fn total<I: Isa, F: Nibbles>(sums: [I::Products; PARTS], zeros: *const u8, x: *const u8) -> I::Ints {
+    let total = I::total(sums);
+    let sum = x.add(4).cast::<i32>();
+    match F::ZERO {
+        true => I::corrected(total, I::u8_int(zeros), I::splat_int(sum.read())),
+        false if I::WIDE_SUMS => total,
+        false => I::corrected(total, I::splat_int(1), I::splat_int(-sum.read())),
+    }
+}
+
+/// The sums of products of a block. Where they may, they begin with what takes off the weights' offset.
 ///
 /// # Safety
 ///
@@ -390,6 +399,13 @@ unsafe fn dot<I: Isa, F: Nibbles, const M: usize, const V: usize>(
     // one less, and (as with plain loads) memory comes a little faster so.
     let again = if M == 1 && I::LANES == 16 { I::anew(p) } else { p };
     let mut sums = [[[I::no_products(); PARTS]; V]; M];
+    if I::WIDE_SUMS && !F::ZERO {
+        for m in 0..M {
+            for v in 0..V {
+                sums[m][v][PARTS - 1] = I::products(x[m].add(4));
+            }
+        }
+    }
     for step in 0..steps {
         let p = p.add(step * STEP_BYTES);
         // With eight lanes several tokens would ask for lines twice. Of many tokens every tile asks, though the first would do:

@@ -112,6 +112,11 @@ impl<const VNNI: bool, const VBMI: bool> Isa for Avx512<VNNI, VBMI> {
     unsafe fn no_products() -> __m512i {
         _mm512_setzero_si512()
     }
+    const WIDE_SUMS: bool = VNNI;
+    #[inline(always)]
+    unsafe fn products(p: *const u8) -> __m512i {
+        if VNNI { Self::four(p) } else { Self::no_products() }
+    }
     #[inline(always)]
     unsafe fn add_products(sums: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
         match VNNI {

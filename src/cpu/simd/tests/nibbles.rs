@@ -11,8 +11,9 @@ const FOUR_BIT: [Kind; 6] = [
     Kind::Group(Elem::U4, 0, false, false),
 ];
 
-/// The form of a row, read back as its module documents it: values, and the scale of each one's block.
-fn read_back(form: &[f32], cols: usize, group: usize) -> Vec<(f64, f64)> {
+/// The form of a row, read back as its module documents it: values, and the scale of each one's block. `offset` is that of the
+/// weights.
+fn read_back(form: &[f32], cols: usize, group: usize, offset: i32) -> Vec<(f64, f64)> {
     let mut bytes = bytemuck::cast_slice::<f32, u8>(form);
     let mut values = Vec::new();
     while values.len() < cols {
@@ -33,14 +34,14 @@ fn read_back(form: &[f32], cols: usize, group: usize) -> Vec<(f64, f64)> {
                 assert_eq!(q, 0, "padding");
             }
         }
-        assert_eq!(sum, i32::from_ne_bytes(block[4..8].try_into().unwrap()));
+        assert_eq!(-offset * sum, i32::from_ne_bytes(block[4..8].try_into().unwrap()));
     }
     assert!(bytes.is_empty());
     values
 }
 
-fn form(x: &[f32], order: Option<&[u32]>, group: usize, isa: CpuIsa) -> Vec<f32> {
-    let shape = shape(format::Code::U4, x.len(), group);
+fn form(x: &[f32], order: Option<&[u32]>, (code, group): (format::Code, usize), isa: CpuIsa) -> Vec<f32> {
+    let shape = shape(code, x.len(), group);
     let mut out = vec![f32::NAN; shape.form_len()];
     // SAFETY: only detected instruction sets come here.
     unsafe { kernel::form(isa, &shape)(x, order, &shape, &mut out) };
@@ -60,14 +61,18 @@ proptest! {
         let narrowed = |v: &f32| f32::from_bits(v.to_bits() & 0x81ff_ffff | 0x3e00_0000);
         let x: Vec<f32> = if narrow { x.iter().map(narrowed).collect() } else { x };
         let order: Vec<u32> = (0..x.len() as u32).rev().collect();
-        let want = form(&x, None, group, CpuIsa::Portable);
+        for (code, factor) in [(format::Code::U4, 8), (format::Code::U4Zero, -1)] {
+            read_back(&form(&x, None, (code, group), CpuIsa::Portable), x.len(), group, factor);
+        }
+        let (shape, offset) = ((format::Code::E2m1, group), 12);
+        let want = form(&x, None, shape, CpuIsa::Portable);
         for isa in instruction_sets() {
             let bits = |form: &[f32]| form.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-            prop_assert_eq!(bits(&want), bits(&form(&x, None, group, isa)));
+            prop_assert_eq!(bits(&want), bits(&form(&x, None, shape, isa)));
             let reversed: Vec<f32> = x.iter().rev().copied().collect();
-            prop_assert_eq!(bits(&form(&reversed, None, group, isa)), bits(&form(&x, Some(&order), group, isa)));
+            prop_assert_eq!(bits(&form(&reversed, None, shape, isa)), bits(&form(&x, Some(&order), shape, isa)));
         }
-        for (i, (value, scale)) in read_back(&want, x.len(), group).into_iter().enumerate() {
+        for (i, (value, scale)) in read_back(&want, x.len(), group, offset).into_iter().enumerate() {
             let start = i - i % group;
             let start = start + (i - start) / fixed::BLOCK * fixed::BLOCK;
             let end = (start + fixed::BLOCK).min(i - i % group + group).min(x.len());
@@ -141,7 +146,7 @@ fn four_bit_zero_points_have_a_limit() {
         let mut bytes = vec![0; shape.panel_bytes()];
         pack::panel(&m, &shape, None, None, 0, &mut bytes);
         for isa in instruction_sets() {
-            let (x, mut out) = (form(&x, None, shape.group, isa), [[0f32; format::PANEL]]);
+            let (x, mut out) = (form(&x, None, (shape.code, shape.group), isa), [[0f32; format::PANEL]]);
             let x = [x.as_ptr()];
             let mut job = kernel::Job::new(&shape, &bytes, &x, &mut out);
             // SAFETY: the instruction set was detected, the panel packed for the shape, x its form, out one row.
