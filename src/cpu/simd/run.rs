@@ -216,17 +216,29 @@ impl SimdExperts {
 
     /// All that an expert does, by one thread: its memory is one stretch, from gate's first panel to down's last, and what lies
     /// in scratch between them is still in the cache.
+    fn expert(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
+        self.until_second(call, segment, parts);
+        self.second(call, segment, 0..self.down.shape.panels(), parts, output);
+    }
+
+    /// The same up to down.
+    fn until_second(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts) {
+        self.first(call, segment, 0..self.up.shape.panels(), parts);
+        if parts.formed_mid.stride > 0 {
+            let start = segment.start as usize;
+            (start..start + segment.len as usize).for_each(|a| self.form_mid(a, parts));
+        }
+    }
+
+    /// The same where one thread does all: what is in scratch between gate and down is each expert's in turn.
     ///
     /// # Safety
     ///
     /// No other thread reads or writes the output.
-    unsafe fn expert(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
+    unsafe fn expert_alone(&self, call: &ExpertsCall<'_>, segment: &Segment, parts: &Parts, output: Shared) {
         let start = segment.start as usize;
         let parts = Parts { mid: parts.mid.from(start), formed_mid: parts.formed_mid.from(start), ..*parts };
-        self.first(call, segment, 0..self.up.shape.panels(), &parts);
-        if parts.formed_mid.stride > 0 {
-            (start..start + segment.len as usize).for_each(|a| self.form_mid(a, &parts));
-        }
+        self.until_second(call, segment, &parts);
         let panels = self.down.shape.panels();
         if segment.len == 1 && self.hidden() == panels * PANEL {
             // SAFETY: the caller's promise.
@@ -287,6 +299,14 @@ pub(super) unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], ou
     unsafe { (p.kernel)(&mut Job::new(&p.shape, panel, x, out)) }
 }
 
+/// Whether there are experts enough for each to be a task: none has more than its share of the tokens that one of so many tasks
+/// may have, twice that being still fine.
+fn many_alike(call: &ExpertsCall<'_>, threads: usize) -> bool {
+    let tasks = TASKS_PER_THREAD * threads;
+    let longest = call.segments.iter().map(|s| s.len as usize).max().unwrap_or(0);
+    call.segments.len() >= tasks && longest * tasks <= 2 * call.assignments.len()
+}
+
 /// Runs `task` for all panels of all segments, `unit` of which stay together, several at a time where enough tasks for all
 /// threads are left.
 fn tasks(
@@ -328,13 +348,15 @@ impl Experts for SimdExperts {
             rows(inputs, self.hidden(), &|i| self.prepare(&call, i, &parts));
         }
         if pool.threads() == 1 {
-            // One task, for what is in scratch is each expert's in turn.
             return pool.run(1, &|_| {
                 for segment in call.segments {
                     // SAFETY: the output is borrowed by this call alone, and this is its only task.
-                    unsafe { self.expert(&call, segment, &parts, output) };
+                    unsafe { self.expert_alone(&call, segment, &parts, output) };
                 }
             });
+        }
+        if many_alike(&call, pool.threads()) {
+            return pool.run(call.segments.len(), &|i| self.expert(&call, &call.segments[i], &parts, output));
         }
         tasks(&call, self.up.shape.panels(), unit(self.side_by_side()), pool, &|segment, panels| {
             self.first(&call, segment, panels, &parts)

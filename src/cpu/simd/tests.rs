@@ -409,3 +409,40 @@ proptest! {
         check(KINDS[kind], 32 * h, 32 * i, Activation::SILU, bias, seed);
     }
 }
+
+#[test]
+fn many_experts_give_the_same_bits_on_any_number_of_threads() {
+    let (hidden, inter, tokens) = (96, 64, 200);
+    for (i, kind) in [Kind::Bf16, Kind::Block(128), Kind::Row(Elem::Int8), Kind::Mxfp4].into_iter().enumerate() {
+        let mut rng = Rng(501 + i as u64);
+        let mut weights = layer(kind, hidden, inter, true, true, &mut rng);
+        while weights.experts.len() < 70 {
+            weights.experts.extend(layer(kind, hidden, inter, true, true, &mut rng).experts);
+        }
+        let count = weights.experts.len();
+        let x = rng.floats(tokens * padded(hidden));
+        // One to five tokens each; and one expert that has half of all.
+        let alike: Vec<usize> = (0..tokens).map(|t| if t < count { t } else { t % (count / 2) }).collect();
+        let skewed: Vec<usize> = (0..tokens).map(|t| if t % 2 == 0 { 5 } else { t % count }).collect();
+        let experts = SimdExperts::new(&weights, Activation::SILU, CpuIsa::detect()).unwrap();
+        for of in [alike, skewed] {
+            let rows: Vec<Vec<u32>> =
+                (0..count).map(|e| (0..tokens as u32).filter(|t| of[*t as usize] == e).collect()).collect();
+            let want = run(&experts, &x, hidden, &rows, &SingleThread);
+            for (t, e) in of.iter().enumerate().step_by(17) {
+                let want_row = expected(
+                    &weights.experts[*e],
+                    Activation::SILU,
+                    &x[t * padded(hidden)..][..hidden],
+                    Rounding::None,
+                );
+                let error = relative_error(&want[t * hidden..][..hidden], &want_row);
+                assert!(error < 1e-5, "{kind:?} token {t}: {error:e}");
+            }
+            for threads in [2, 3, 4] {
+                let pool = ThreadPool::new(threads).unwrap();
+                assert!(same(&want, &run(&experts, &x, hidden, &rows, &pool)), "{kind:?}: {threads} threads differ");
+            }
+        }
+    }
+}
