@@ -188,7 +188,7 @@ struct Way {
 impl Way {
     /// That of a pass.
     fn of(pass: usize) -> Self {
-        Self { streams: pass % 2 == 1, widest: pass / 2 % 2 == 0 }
+        Self { streams: pass % 2 == 1, widest: pass % 4 < 2 }
     }
 
     /// Adds up everything.
