@@ -1,7 +1,8 @@
 //! Whole layers. `layer`: the backend that selection takes, in every format, small enough to stay in a cache: for changes
 //! of the code. `cold`: one thread on a layer of Qwen3-30B-A3B's sizes with half of its experts, far larger than a cache,
 //! with routing that changes from call to call; after each figure a line says what shares it is of the bandwidth of reads
-//! in turn with the calls and of the peaks, which were measured first in the same run. `moe-oracle bench` does that for more models and threads.
+//! in turn with the calls and of the peaks, which were measured first in the same run. `moe-oracle bench` does that for
+//! more models and threads.
 
 mod common;
 #[path = "../src/bin/moe-oracle/failure.rs"]

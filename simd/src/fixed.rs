@@ -8,7 +8,8 @@
 //!
 //! A block lies in memory as its scale (float32), the sum of its q (int32) and, per 4 columns, 4 bytes of p2, of p1 and
 //! of p0. The sum is times what takes off the weights' offset: -12 for e2m1, -8 for 4-bit integers without zero points; with
-//! these it is the bare sum. For int8 weights (`WIDE` below) it is that of each of p2, p1 and p0, times -128. With a scale that is not a number the block makes every product one: it held an infinity or a NaN.
+//! these it is the bare sum. For int8 weights (`WIDE` below) it is that of each of p2, p1 and p0, times -128. With a scale
+//! that is not a number the block makes every product one: it held an infinity or a NaN.
 
 use crate::format::{Code, E2m1, Nibbles, STEP_4BIT, Shape, U4};
 use crate::int8::BYTES_STEP;

@@ -299,8 +299,8 @@ pub(super) unsafe fn multiply(p: &Projection, panel: &[u8], x: &[*const f32], ou
     unsafe { (p.kernel)(&mut Job::new(&p.shape, panel, x, out)) }
 }
 
-/// Whether there are experts enough for each to be a task: none has more than its share of the tokens that one of so many tasks
-/// may have, twice that being still fine.
+/// Whether each expert can be a task: there are enough of them for all threads, and none has more than twice a task's share of the
+/// rows.
 fn many_alike(call: &ExpertsCall<'_>, threads: usize) -> bool {
     let tasks = TASKS_PER_THREAD * threads;
     let longest = call.segments.iter().map(|s| s.len as usize).max().unwrap_or(0);
