@@ -20,7 +20,7 @@ use std::marker::PhantomData;
 /// Columns of half a block.
 const HALF: usize = BLOCK / 2;
 
-/// One or two panels times the int8 forms `job.x` (`P` is 1) or the wide fixed-point ones ([`PARTS`]).
+/// Panels times the int8 forms `job.x` (`P` is 1) or the wide fixed-point ones ([`PARTS`]).
 ///
 /// # Safety
 ///

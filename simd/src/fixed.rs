@@ -11,7 +11,7 @@
 //! these it is the bare sum. For int8 weights (`WIDE` below) it is that of each of p2, p1 and p0, times -128. With a scale
 //! that is not a number the block makes every product one: it held an infinity or a NaN.
 
-use crate::format::{Code, E2m1, Nibbles, STEP_4BIT, Shape, U4};
+use crate::format::{self, Bytes, Code, Int8Rows, Nibbles, STEP_4BIT, Shape};
 use crate::int8::BYTES_STEP;
 use std::ops::Range;
 
@@ -39,9 +39,10 @@ const fn sizes<const WIDE: bool>() -> (usize, usize) {
 /// What a block's sum is multiplied with.
 fn start(code: Code) -> i32 {
     match code {
-        Code::E2m1 => -E2m1::OFFSET,
-        Code::U4 => -U4::OFFSET,
-        Code::Int8Rows => -128,
+        Code::E2m1 => -<format::E2m1 as Nibbles>::OFFSET,
+        Code::U4 => -<format::U4 as Nibbles>::OFFSET,
+        Code::Int8Rows => -<Int8Rows as Bytes>::OFFSET,
+        // Zero points differ from row to row.
         _ => 1,
     }
 }

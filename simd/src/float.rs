@@ -238,7 +238,7 @@ unsafe fn column<I: Isa, F: Format, const M: usize, const V: usize, const K: usi
     }
 }
 
-/// One or two panels times the rows `job.x`.
+/// Panels times the rows `job.x`.
 ///
 /// # Safety
 ///

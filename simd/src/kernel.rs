@@ -125,9 +125,6 @@ macro_rules! entries {
             $(#[target_feature(enable = $feature)])?
             #[allow(unsafe_op_in_unsafe_fn)]
             unsafe fn nibbles<F: Nibbles>(job: &mut Job<'_>) {
-                if nibble::lone::<$isa, F>(job) {
-                    return;
-                }
                 let n = job.at_once::<$isa>();
                 for i in (0..job.panels).step_by(n) {
                     nibble::panel::<$isa, F>(&mut job.part(i, n))
@@ -270,9 +267,6 @@ mod on_avx512_bf16 {
     #[target_feature(enable = "avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     #[allow(unsafe_op_in_unsafe_fn)]
     unsafe fn nibbles<F: Nibbles>(job: &mut Job<'_>) {
-        if nibble::lone::<Avx512, F>(job) {
-            return;
-        }
         let n = job.at_once::<Avx512>();
         for i in (0..job.panels).step_by(n) {
             nibble::panel::<Avx512, F>(&mut job.part(i, n))

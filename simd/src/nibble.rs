@@ -18,7 +18,7 @@ use crate::kernel::{Job, PREFETCH, finish};
 use crate::slab::{self, Tile};
 use std::marker::PhantomData;
 
-/// One or two panels times the fixed-point forms `job.x`.
+/// Panels times the fixed-point forms `job.x`.
 ///
 /// # Safety
 ///
@@ -58,20 +58,8 @@ unsafe fn tokens<I: Isa, F: Nibbles>(job: &mut Job<'_>, scale: GroupScale) {
     }
 }
 
-/// Panels one after the other times a lone row, in one loop: between calls the processor runs out of loads that are under way.
-/// False if nothing was done, as where there are fewer than sixteen lanes.
-///
-/// # Safety
-///
-/// As for [`crate::kernel::PanelFn`].
-#[inline(always)]
-#[allow(unsafe_op_in_unsafe_fn)]
-pub(crate) unsafe fn lone<I: Isa, F: Nibbles>(job: &mut Job<'_>) -> bool {
-    job.x.len() == 1 && whole::<I, F, 1>(job, 0)
-}
-
 /// What [`tile`] computes for tokens `t .. t + M`, with sums in registers, if there are sixteen lanes and groups are usual ones;
-/// false if nothing was done. A lone token may have any number of panels.
+/// false if nothing was done.
 ///
 /// # Safety
 ///

@@ -16,7 +16,7 @@ use std::ops::Range;
 /// Vectors of a panel's rows.
 const V: usize = 2;
 
-/// One or two panels times the rows `job.x`, in the form of `pairs`; `plain` is the kernel for those that are none.
+/// Panels times the rows `job.x`, in the form of `pairs`; `plain` is the kernel for those that are none.
 ///
 /// # Safety
 ///

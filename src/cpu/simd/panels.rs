@@ -17,7 +17,8 @@ pub(super) fn unit(each: usize) -> usize {
     2 / each
 }
 
-/// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least.
+/// Rows of results that a call of a kernel has room for: gate's and up's of so many tokens, of one panel at least. 24 KB, so that
+/// calls of few tokens are few and long.
 const ROWS: usize = 192;
 
 /// A call's room for results, on the stack.

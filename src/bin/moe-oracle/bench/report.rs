@@ -78,20 +78,17 @@ pub struct GpuLimits {
     pub fp8_tflops: Option<f64>,
 }
 
-impl Bounds {
+impl GpuLimits {
     /// The least microseconds that reading `bytes` and computing `flops`, of numbers of 8 or of 16 bits, can take when they
     /// overlap fully.
-    pub fn floor_us(&self, bytes: f64, flops: f64, eight_bits: bool) -> f64 {
-        match self {
-            Bounds::Cpu(limits) => limits.floor_us(bytes, flops),
-            Bounds::Gpu(limits) => {
-                let peak = if eight_bits { limits.fp8_tflops.or(limits.bf16_tflops) } else { limits.bf16_tflops };
-                let compute = peak.map_or(0.0, |peak| flops / peak / 1e6);
-                (bytes / limits.read_gbps / 1e3).max(compute)
-            }
-        }
+    fn floor_us(&self, bytes: f64, flops: f64, eight_bits: bool) -> f64 {
+        let peak = if eight_bits { self.fp8_tflops.or(self.bf16_tflops) } else { self.bf16_tflops };
+        let compute = peak.map_or(0.0, |peak| flops / peak / 1e6);
+        (bytes / self.read_gbps / 1e3).max(compute)
     }
+}
 
+impl Bounds {
     fn line(&self) -> String {
         match self {
             Bounds::Cpu(l) => {
@@ -232,14 +229,15 @@ impl Row {
         let eight = |bits| QuantKey::from_bits(bits).is_some_and(|k| k.elem_bits() == 8);
         let eight_bits =
             matches!(oracle.scheme, Scheme::Fp8 | Scheme::Int8) && eight(oracle.weight) && eight(oracle.activation);
-        let cpu = match bounds {
-            Bounds::Cpu(limits) => Some(Limits { read_gbps: timed.read_gbps.unwrap_or(limits.read_gbps), ..*limits }),
-            Bounds::Gpu(_) => None,
-        };
-        let floor_us = cpu.map_or_else(|| bounds.floor_us(bytes, flops, eight_bits), |l| l.floor_us(bytes, flops));
         let key = |bits| QuantKey::from_bits(bits).map(QuantKey::name);
         let (gbps, gflops) = (bytes / timed.us / 1e3, flops / timed.us / 1e3);
-        let shares = cpu.map(|limits| Shares::of(&limits, gbps, gflops));
+        let (floor_us, shares) = match bounds {
+            Bounds::Cpu(limits) => {
+                let in_turn = Limits { read_gbps: timed.read_gbps.unwrap_or(limits.read_gbps), ..*limits };
+                (in_turn.floor_us(bytes, flops), Some(Shares::of(&in_turn, gbps, gflops)))
+            }
+            Bounds::Gpu(limits) => (limits.floor_us(bytes, flops, eight_bits), None),
+        };
         Self {
             preset: preset.name,
             scheme: format.name,
@@ -367,19 +365,23 @@ impl Row {
 mod tests {
     use super::*;
 
-    fn gpu(bf16_tflops: Option<f64>) -> Bounds {
+    fn limits_of_gpu(bf16_tflops: Option<f64>) -> GpuLimits {
         let fp8_tflops = bf16_tflops.map(|peak| 2.0 * peak);
         let read_from = "anchors";
-        Bounds::Gpu(GpuLimits { read_gbps: 4000.0, read_from, measured_read_gbps: 3900.0, bf16_tflops, fp8_tflops })
+        GpuLimits { read_gbps: 4000.0, read_from, measured_read_gbps: 3900.0, bf16_tflops, fp8_tflops }
+    }
+
+    fn gpu(bf16_tflops: Option<f64>) -> Bounds {
+        Bounds::Gpu(limits_of_gpu(bf16_tflops))
     }
 
     #[test]
     fn the_floor_is_the_larger_of_memory_and_compute() {
         // 4 TB/s is 4 MB in a microsecond, 800 TFLOP/s 800 million operations.
-        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 4e9, false), 10.0);
-        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 16e9, false), 20.0);
-        assert_eq!(gpu(Some(800.0)).floor_us(40e6, 32e9, true), 20.0);
-        assert_eq!(gpu(None).floor_us(40e6, 16e9, true), 10.0);
+        assert_eq!(limits_of_gpu(Some(800.0)).floor_us(40e6, 4e9, false), 10.0);
+        assert_eq!(limits_of_gpu(Some(800.0)).floor_us(40e6, 16e9, false), 20.0);
+        assert_eq!(limits_of_gpu(Some(800.0)).floor_us(40e6, 32e9, true), 20.0);
+        assert_eq!(limits_of_gpu(None).floor_us(40e6, 16e9, true), 10.0);
         assert!(gpu(None).line().contains("no compute floor") && gpu(Some(1.0)).line().contains("3900 measured now"));
     }
 
@@ -427,5 +429,30 @@ mod tests {
         assert_eq!(Shares::of(&limits(None), 15.0, 120.0).int8_share, None);
         assert!(Bounds::Cpu(limits(Some(400.0))).line().ends_with(", 400 GOP/s int8 (VNNI)"));
         assert!(Bounds::Cpu(limits(None)).line().ends_with(" 100 GFLOP/s float32"));
+    }
+
+    #[test]
+    fn a_processors_floor_is_of_reads_in_turn_with_the_calls() {
+        let preset = Preset::by_name("tiny").unwrap();
+        let format = &super::super::weights::FORMATS[0];
+        let oracle = format.oracle().unwrap();
+        let served = Served { preset, format, oracle, backend: "b", device: "cpu".into(), expert_bytes: 1_000_000 };
+        let bounds = Bounds::Cpu(Limits { threads: 1, read_gbps: 20.0, f32_gflops: 1e6, int8_gops: None });
+        let row = |read_gbps| {
+            Row::new(
+                &served,
+                &bounds,
+                Timed { tokens: 1, threads: 1, us: 1600.0, distinct_experts: 8.0, read_gbps },
+                None,
+            )
+        };
+        // 8 MB at 10 GB/s, in 1.6 ms.
+        let (in_turn, first) = (row(Some(10.0)), row(None));
+        let shares = in_turn.shares.unwrap();
+        assert_eq!(
+            (in_turn.floor_us, in_turn.ratio, shares.read_limit_gbps, shares.read_share),
+            (800.0, 2.0, 10.0, 0.5)
+        );
+        assert_eq!((first.floor_us, first.shares.unwrap().read_share), (400.0, 0.25));
     }
 }
